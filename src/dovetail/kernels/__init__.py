@@ -1,0 +1,1 @@
+"""Operations: one folder each, with a plain reference beside every fast path, and a plan that chooses."""

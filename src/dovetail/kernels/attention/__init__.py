@@ -1,0 +1,64 @@
+"""attend: the one softmax. Every attention in the library ends here.
+
+q (B,H,T,D), k (B,G,S,D), v (B,G,S,Dv) -> (B,H,T,Dv); H is a multiple of G (query head h reads
+key/value head h // (H/G)). A query that sees no key gives zero, never NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dovetail.kernels.attention import flex, reference, regions, sdpa
+from dovetail.kernels.attention.coords import BoundMask, Coords, Rule, Side
+from dovetail.kernels.attention.plan import Plan, plan, uses_autograd
+from dovetail.kernels.attention.reference import Region
+from dovetail.kernels.attention.regions import merge
+from dovetail.kernels.attention.score import Content, Score, Toeplitz
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: BoundMask | None = None,
+    score: Score | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(cap(scale·qk + terms)) v under `mask`, by the path that `plan` names (Vaswani et al. 2017, eq. 1)."""
+    scale = _scale(q, score, scale)
+    chosen = plan(device=q.device.type, mask=mask, score=score, dropout=dropout, requires_grad=uses_autograd(q, k, v))
+    if chosen.path == "sdpa":
+        return sdpa.attend(q, k, v, mask, score, scale, dropout)
+    if chosen.path == "flex":
+        assert mask is not None
+        return flex.attend(q, k, v, mask, scale)
+    return reference.attend_tiled(q, k, v, mask, score, scale, dropout)
+
+
+def attend_regions(parts: Sequence[Region], q: Tensor, *, scale: float | None = None) -> Tensor:
+    """One softmax over disjoint regions, each with keys, values, mask (and q) of its own; exact gradients."""
+    return regions.attend_regions(parts, q, _scale(q, None, scale))
+
+
+def attend_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: BoundMask | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): lse is fp32, natural log, (B,H,T), -inf for an empty row. No gradient: for decoding and merging."""
+    out, lse = reference.attend(q.detach(), k.detach(), v.detach(), mask, None, _scale(q, None, scale))
+    return out, lse
+
+
+def _scale(q: Tensor, score: Score | None, scale: float | None) -> float:
+    if score is not None and score.scale is not None:
+        return score.scale
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+__all__ = [
+    "BoundMask", "Content", "Coords", "Plan", "Region", "Rule", "Score", "Side", "Toeplitz", "attend", "attend_lse",
+    "attend_regions", "merge", "plan", "reference",
+]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Where queries and keys stand, and a mask rule bound to them.
+
+B batch, T queries, S keys, A position axes. `order` is what masks compare; `segments` tells
+documents apart (negative: padding); `positions` is what encodings read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of attention: order (B,N) int64, segments (B,N) int64 or None, positions (B,N,A) or None."""
+
+    order: Tensor
+    segments: Tensor | None = None
+    positions: Tensor | None = None
+
+    def rows(self) -> Side:
+        """As queries: a trailing axis to broadcast against keys."""
+        return Side(self.order[..., :, None], None if self.segments is None else self.segments[..., :, None])
+
+    def columns(self) -> Side:
+        """As keys: an axis before the last to broadcast against queries."""
+        return Side(self.order[..., None, :], None if self.segments is None else self.segments[..., None, :])
+
+    def slice(self, start: int, stop: int) -> Side:
+        def cut(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:, start:stop]
+
+        return Side(self.order[:, start:stop], cut(self.segments), cut(self.positions))
+
+
+@dataclass(frozen=True)
+class Coords:
+    """Both sides. `aligned` is a static promise: same tokens on both sides, order 0..T-1, one segment."""
+
+    q: Side
+    k: Side
+    aligned: bool = False
+
+    def distance(self, axis: int = 0) -> Tensor:
+        """k_pos - q_pos along one position axis, (B,T,S)."""
+        assert self.q.positions is not None and self.k.positions is not None
+        return self.k.positions[:, None, :, axis] - self.q.positions[:, :, None, axis]
+
+
+class Rule(Protocol):
+    """What a mask is to a kernel: an elementwise test, and two static facts."""
+
+    def allowed(self, q: Side, k: Side) -> Tensor: ...
+
+    def is_full(self) -> bool: ...
+
+    def is_causal(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class BoundMask:
+    """A rule over coordinates. Built once a forward and shared by the layers that use it."""
+
+    rule: Rule
+    at: Coords
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def full(self) -> bool:
+        """Statically known to hide nothing."""
+        return self.rule.is_full()
+
+    @property
+    def causal(self) -> bool:
+        """Statically known to be the plain lower triangle (top-left aligned)."""
+        return self.at.aligned and self.rule.is_causal()
+
+    def dense(self) -> Tensor:
+        """(B|1, 1, T, S) bool, True where a query may see a key."""
+        if "dense" not in self.memo:
+            seen = self.rule.allowed(self.at.q.rows(), self.at.k.columns())
+            shape = (seen.shape[0], self.at.q.order.shape[1], self.at.k.order.shape[1])
+            self.memo["dense"] = seen.expand(shape)[:, None]
+        return self.memo["dense"]
+
+    def rows(self, start: int, stop: int) -> BoundMask:
+        """The mask of queries start..stop alone."""
+        return BoundMask(self.rule, Coords(self.at.q.slice(start, stop), self.at.k))
+
+    def mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's mask_mod(b, h, q_idx, kv_idx) over the same rule."""
+        q, k, rule = self.at.q, self.at.k, self.rule
+
+        def at(side: Side, b: Tensor, i: Tensor) -> Side:
+            rows = side.order.shape[0]
+            row = b if rows > 1 else torch.zeros_like(b)
+            return Side(side.order[row, i], None if side.segments is None else side.segments[row, i])
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return rule.allowed(at(q, b, q_idx), at(k, b, kv_idx))
+
+        return mask_mod
+
+    def tiles(self, block: int = 128) -> Tensor:
+        """(B|1, ceil(T/block), ceil(S/block)) bool: the tiles that hold anything at all.
+
+        Memory is O(block * S): one band of queries at a time.
+        """
+        T, S = self.at.q.order.shape[1], self.at.k.order.shape[1]
+        bands = []
+        for start in range(0, T, block):
+            seen = self.rows(start, min(start + block, T)).dense()[:, 0].any(1)
+            padded = torch.nn.functional.pad(seen, (0, -S % block))
+            bands.append(padded.unflatten(-1, (-1, block)).any(-1))
+        return torch.stack(bands, 1)

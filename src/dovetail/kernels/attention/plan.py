@@ -1,0 +1,45 @@
+"""Which kernel runs an attention, and why: decided from static facts, never from data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dovetail.kernels.attention.coords import BoundMask
+from dovetail.kernels.attention.score import Score
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The path taken ("sdpa", "flex", "tiled", "regions") and the reason, for people."""
+
+    path: str
+    why: str
+
+
+def plan(
+    *, device: str, mask: BoundMask | None, score: Score | None, dropout: float = 0.0, requires_grad: bool = False
+) -> Plan:
+    """Chooses the path for one attention call. All arguments are static in a built model."""
+    plain = score is None or not (score.terms or score.cap or score.value_terms)
+    hides = mask is not None and not mask.full
+    if plain and not hides:
+        return Plan("sdpa", "nothing is masked: fused attention without a mask")
+    if plain and mask is not None and mask.causal:
+        return Plan("sdpa", "plain causal over aligned tokens: fused attention, is_causal")
+    if score is not None and score.value_terms is not None:
+        return Plan("tiled", "value terms need the probabilities: plain attention in tiles of queries")
+    long = mask is not None and mask.at.q.order.shape[1] >= 128
+    if device == "cuda" and long and not dropout and torch.compiler.is_compiling() is False and plain:
+        return Plan("flex", "a mask beyond causal on CUDA: FlexAttention skips the empty tiles")
+    if plain:
+        return Plan("sdpa", "a mask beyond causal: fused attention with the mask as booleans")
+    if score is not None and score.cap is None:
+        return Plan("sdpa", "additive terms: fused attention with the terms as a bias")
+    return Plan("tiled", "a soft cap is not additive: plain attention in tiles of queries, recomputed in the backward")
+
+
+def uses_autograd(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,0 +1,110 @@
+"""Attention over disjoint regions as a merge of plain attentions, exact forward and backward.
+
+Forward: each region gives (out, lse); they merge by their log-sum-exp. Backward: each region is
+differentiated with the *merged* out and lse, so that P = exp(s - lse) is the share of the whole
+softmax. Merging by a detached lse instead would give wrong dq and dk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.kernels.attention import reference
+from dovetail.kernels.attention.coords import BoundMask
+from dovetail.kernels.attention.reference import Region
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the union from (out (B,H,T,Dv), lse (B,H,T)) of disjoint parts."""
+    lse = torch.logsumexp(torch.stack([part for _, part in parts]), dim=0)
+    safe = torch.where(torch.isfinite(lse), lse, torch.zeros_like(lse))
+    out = sum(torch.exp(part - safe)[..., None].to(lse.dtype) * o.to(lse.dtype) for o, part in parts)
+    assert isinstance(out, Tensor)
+    return out, lse
+
+
+class _Merged(torch.autograd.Function):
+    """Inputs: scale, tile, masks, then q, k, v of every region, flat."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, tile: int, masks: list[BoundMask | None], *tensors: Tensor) -> Tensor:
+        triples = _triples(tensors)
+        parts = [_bands(q, k, v, m, scale, tile) for (q, k, v), m in zip(triples, masks, strict=True)]
+        out, lse = merge(parts)
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.scale, ctx.tile, ctx.masks = scale, tile, masks
+        return out.to(tensors[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        out, lse, *tensors = ctx.saved_tensors
+        dout = grads[0].to(out.dtype)
+        delta = (dout * out).sum(-1)
+        result: list[Tensor] = []
+        for (q, k, v), mask in zip(_triples(tensors), ctx.masks, strict=True):
+            result.extend(_backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile))
+        return None, None, None, *result
+
+
+def attend_regions(regions: Sequence[Region], q: Tensor, scale: float, tile: int = 256) -> Tensor:
+    """One softmax over disjoint regions, (B,H,T,Dv). Memory O(tile·S); scores with terms use the definition."""
+    if any(r.score is not None and (r.score.terms or r.score.cap or r.score.value_terms) for r in regions):
+        return reference.attend_regions(regions, q, scale)[0]
+    flat = [t for r in regions for t in (q if r.q is None else r.q, r.k, r.v)]
+    return _Merged.apply(scale, tile, [r.mask for r in regions], *flat)  # type: ignore[no-any-return]
+
+
+def _triples(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(tensors[i], tensors[i + 1], tensors[i + 2]) for i in range(0, len(tensors), 3)]
+
+
+def _bands(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, scale: float, tile: int) -> tuple[Tensor, Tensor]:
+    outs, lses = [], []
+    for a in range(0, q.shape[2], tile):
+        b = min(a + tile, q.shape[2])
+        rows = None if mask is None else mask.rows(a, b)
+        p, lse = reference.softmax_lse(reference.scores(q[:, :, a:b], k, rows, None, scale))
+        outs.append(p @ _wide(v, p.dtype, q.shape[1]))
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BoundMask | None,
+    dout: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    scale: float,
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one region given the merged out (through delta = dout·out) and lse."""
+    H, G = q.shape[1], k.shape[1]
+    wide = lse.dtype
+    K, V = _wide(k, wide, H), _wide(v, wide, H)
+    dq, dK, dV = [], torch.zeros_like(K), torch.zeros_like(V)
+    for a in range(0, q.shape[2], tile):
+        b = min(a + tile, q.shape[2])
+        rows = None if mask is None else mask.rows(a, b)
+        row_lse = lse[:, :, a:b, None]
+        s = reference.scores(q[:, :, a:b], k, rows, None, scale)
+        p = torch.where(torch.isfinite(row_lse), torch.exp(s - row_lse), torch.zeros_like(s))
+        ds = p * (dout[:, :, a:b] @ V.transpose(-1, -2) - delta[:, :, a:b, None]) * scale
+        dq.append(ds @ K)
+        dK += ds.transpose(-1, -2) @ q[:, :, a:b].to(wide)
+        dV += p.transpose(-1, -2) @ dout[:, :, a:b]
+
+    def grouped(t: Tensor) -> Tensor:
+        return t.unflatten(1, (G, H // G)).sum(2)
+
+    return torch.cat(dq, 2).to(q.dtype), grouped(dK).to(k.dtype), grouped(dV).to(v.dtype)
+
+
+def _wide(t: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    return t.to(dtype).repeat_interleave(heads // t.shape[1], dim=1)

@@ -1,0 +1,97 @@
+"""What is added to q·k before the softmax: relative tables, content terms, a soft cap.
+
+softmax(cap(scale * (q·k + inside terms) + outside terms)); distance is k_pos - q_pos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dovetail.kernels.attention.coords import Coords
+
+
+@dataclass(frozen=True)
+class Toeplitz:
+    """A bias that depends on the distance alone: table[h, bucket(distance)].
+
+    table: (H, R). bucket maps integer distances (any shape) to 0..R-1. axis: position axis it reads.
+    One table per axis pair (Swin's 2-D table) passes `axes=(0, 1)` and a bucket of stacked distances.
+    """
+
+    table: Tensor
+    bucket: Callable[..., Tensor]
+    axes: tuple[int, ...] = (0,)
+    inside_scale: bool = False
+
+    def dense(self, at: Coords) -> Tensor:
+        """(B,H,T,S)."""
+        index = self.bucket(*(at.distance(axis) for axis in self.axes))
+        return self.table[:, index].transpose(0, 1)
+
+    def rows(self, start: int, stop: int) -> Toeplitz:
+        return self
+
+
+@dataclass(frozen=True)
+class Content:
+    """A term that depends on what queries or keys hold (Shaw, Transformer-XL, DeBERTa, SAM).
+
+    compute(start, stop): the (B,H,stop-start,S) rows of the term.
+    """
+
+    compute: Callable[[int, int], Tensor]
+    length: int
+    inside_scale: bool = True
+    start: int = 0
+
+    def dense(self, at: Coords) -> Tensor:
+        return self.compute(self.start, self.start + self.length)
+
+    def rows(self, start: int, stop: int) -> Content:
+        return Content(self.compute, stop - start, self.inside_scale, self.start + start)
+
+
+@dataclass(frozen=True)
+class Score:
+    """scale: replaces 1/sqrt(D) when given. cap: soft cap c·tanh(s/c), after the terms.
+
+    value_terms(probabilities, start, stop) -> (B,H,t,Dv) is added to the output (Shaw's second half).
+    """
+
+    terms: tuple[Toeplitz | Content, ...] = ()
+    scale: float | None = None
+    cap: float | None = None
+    value_terms: Callable[[Tensor, int, int], Tensor] | None = None
+
+    def rows(self, start: int, stop: int) -> Score:
+        values = self.value_terms
+        shifted = None if values is None else (lambda p, a, b: values(p, a + start, b + start))
+        return Score(tuple(t.rows(start, stop) for t in self.terms), self.scale, self.cap, shifted)
+
+    def merged(self, other: Score | None) -> Score:
+        """Both together. Two different scales or caps are refused by the caller, not here."""
+        if other is None:
+            return self
+        return Score(
+            self.terms + other.terms,
+            self.scale if self.scale is not None else other.scale,
+            self.cap if self.cap is not None else other.cap,
+            self.value_terms or other.value_terms,
+        )
+
+    def bias(self, at: Coords, scale: float) -> Tensor | None:
+        """Sum of the terms in units of the final score, (B,H,T,S), or None."""
+        total: Tensor | None = None
+        for term in self.terms:
+            dense = term.dense(at)
+            dense = dense * scale if term.inside_scale else dense
+            total = dense if total is None else total + dense
+        return total
+
+
+def soft_cap(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else cap * torch.tanh(scores / cap)

@@ -1,0 +1,223 @@
+"""Softmax attention: multi-head, multi-query, grouped; self or cross; any head width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dovetail.errors import BuildError
+from dovetail.kernels.attention import Coords, Score, Side, attend, attend_regions
+from dovetail.parts.context import Context
+from dovetail.parts.mask import Causal, Full, Mask, Padding
+from dovetail.parts.position.base import PositionModule, check_hooks
+from dovetail.parts.position.rotary import Rope
+from dovetail.parts.state import CrossState, KVState, Room
+from dovetail.parts.weights import Linear
+from dovetail.spec import Slot, Spec, register
+from dovetail.spec.categories import MaskPart, NormPart, PositionPart
+
+
+@register(
+    "mixer",
+    "attention",
+    oracle="transformers llama, qwen3, gpt2, bart",
+    source="Vaswani et al. 2017, section 3.2; Ainslie et al. 2023 (GQA)",
+    causal=True,
+    bidirectional=True,
+    cross=True,
+)
+class Attention(Spec):
+    """softmax(q kᵀ·scale + position terms) v over heads.
+
+    heads: max(1, dim // 64) unless given. kv_heads: heads unless given; 1 is multi-query. head_dim: dim / heads
+    unless given; value_dim: head_dim unless given. bias: which maps carry one. qk_norm: norm on queries and keys,
+    over each head or over all heads together. scale: 1/sqrt(head_dim) unless given. cap: soft cap on scores
+    (Gemma 2). mask: what is hidden beside causality and padding (a window, say). dropout: on the weights.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    bias: Literal["none", "qkv", "out", "all"] = "none"
+    qk_norm: NormPart | None = None
+    qk_norm_over: Literal["head", "all"] = "head"
+    scale: float | None = None
+    cap: float | None = None
+    dropout: float = 0.0
+    mask: MaskPart | None = None
+    position: PositionPart = Rope()
+
+    def build(self, slot: Slot) -> nn.Module:
+        return AttentionModule(self, slot)
+
+
+class AttentionModule(nn.Module):
+    offers: ClassVar[frozenset[str]] = frozenset({"embed_qk", "rotate", "score", "regions"})
+
+    def __init__(self, spec: Attention, slot: Slot):
+        super().__init__()
+        H = spec.heads or max(1, slot.dim // 64)
+        G = spec.kv_heads or H
+        if H % G:
+            raise BuildError(
+                f"{H} heads cannot share {G} key/value heads", where=slot.path, remedy="kv_heads must divide heads"
+            )
+        if spec.head_dim is None and slot.dim % H:
+            raise BuildError(
+                f"{H} heads do not divide a width of {slot.dim}",
+                where=slot.path,
+                remedy="give head_dim, or another number of heads",
+            )
+        D = spec.head_dim or slot.dim // H
+        Dv = spec.value_dim or D
+        self.heads, self.kv_heads, self.head_dim, self.value_dim = H, G, D, Dv
+        self.path, self.cross = slot.path, slot.memory_dim is not None
+        self.dropout, self.scale, self.cap = spec.dropout, spec.scale, spec.cap
+        slot = replace(slot, head_dim=D)
+        bias = spec.bias in ("qkv", "all")
+        reads = (("query", H * D), ("key", G * D), ("value", G * Dv))
+        if self.cross:
+            assert slot.memory_dim is not None
+            self.q = Linear(slot.dim, H * D, slot=slot, bias=bias, role="query")
+            self.kv = Linear(slot.memory_dim, G * (D + Dv), slot=slot, bias=bias, parts=reads[1:])
+        else:
+            self.qkv = Linear(slot.dim, H * D + G * (D + Dv), slot=slot, bias=bias, parts=reads)
+        self.out = Linear(H * Dv, slot.width_out, slot=slot, bias=spec.bias in ("out", "all"), role="residual")
+        self.over_all = spec.qk_norm_over == "all"
+        self.normed = spec.qk_norm is not None
+        if spec.qk_norm is not None:
+            self.q_norm = slot.build(spec.qk_norm, "q_norm", dim=H * D if self.over_all else D)
+            self.k_norm = slot.build(spec.qk_norm, "k_norm", dim=G * D if self.over_all else D)
+        self.position: PositionModule = slot.build(spec.position, "position")
+        check_hooks(self.position, self.offers, spec.position.kind, f"{slot.path}.position")
+        rule: Mask = Causal() if slot.causal and not self.cross else Full()
+        extra: Any = spec.mask
+        if extra is not None and self.cross:
+            raise BuildError(
+                "a cross-attention with a mask of its own",
+                where=slot.path,
+                remedy="leave mask out: padding of the memory is hidden anyway",
+            )
+        self.rule: Mask = rule if extra is None else rule & extra
+        self.ring = self.rule.span() if slot.causal else None
+
+    def new_state(self, room: Room) -> KVState | CrossState:
+        if self.cross:
+            return CrossState()
+        return KVState(room.timeline(self.ring), self.kv_heads, self.head_dim, self.value_dim, room.dtype)
+
+    def remember(self, state: CrossState, memory: Tensor, segments: Tensor | None) -> None:
+        """Projects the encoder output (B,S,C) once, for all decoding steps."""
+        state.k, state.v = self._memory(memory, memory)
+        state.segments = segments
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Context,
+        state: Any = None,
+        *,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """x (B,T,C) -> (B,T,C'). Cross-attention reads keys and values (B,S,memory_dim), or its state."""
+        if self.cross:
+            return self._cross(x, ctx, state, keys, values)
+        q, k, v = self._project(x, ctx)
+        if state is None:
+            at = ctx.coords
+            q_raw, k_raw = q, k
+            q, k = self.position.rotate(q, k, at, ctx)
+            return self._finish(q, k, v, q_raw, k_raw, self.rule, at, ctx)
+        fresh = ctx.once(("fresh", id(state.timeline)), lambda: Coords(ctx.side, ctx.side))
+        raw = self.position.caches == "raw"
+        q_raw = q
+        if not raw:
+            q, k = self.position.rotate(q, k, fresh, ctx)
+        k, v, step = state.append(k, v)
+        k_raw = k
+        if raw:
+            q, k = self.position.rotate(q, k, step.coords, ctx)
+        rule = self.rule.for_newest(state.timeline.ring) if step.newest else self.rule
+        return self._finish(q, k, v, q_raw, k_raw, rule, step.coords, ctx)
+
+    def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        H, G, D = self.heads, self.kv_heads, self.head_dim
+        if "embed_qk" in self.position.hooks:
+            xq, xk = self.position.embed_qk(x, x, ctx)
+            cuts = [H * D, G * D, G * self.value_dim]
+            bias = [None] * 3 if self.qkv.bias is None else self.qkv.bias.split(cuts)
+            q, k, v = (
+                F.linear(i, w, b) for i, w, b in zip((xq, xk, x), self.qkv.weight.split(cuts), bias, strict=True)
+            )
+        else:
+            q, k, v = self.qkv(x).split([H * D, G * D, G * self.value_dim], dim=-1)
+        return self._heads(q, H, "q"), self._heads(k, G, "k"), v.unflatten(-1, (G, self.value_dim))
+
+    def _heads(self, x: Tensor, heads: int, which: str) -> Tensor:
+        """(B,N,heads·D) -> (B,N,heads,D), normed as the spec says."""
+        if not self.normed:
+            return x.unflatten(-1, (heads, self.head_dim))
+        norm = self.q_norm if which == "q" else self.k_norm
+        if self.over_all:
+            return norm(x).unflatten(-1, (heads, self.head_dim))
+        return norm(x.unflatten(-1, (heads, self.head_dim)))
+
+    def _memory(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        G, D, Dv = self.kv_heads, self.head_dim, self.value_dim
+        if keys is values:
+            k, v = self.kv(keys).split([G * D, G * Dv], dim=-1)
+        else:
+            bias = [None] * 2 if self.kv.bias is None else self.kv.bias.split([G * D, G * Dv])
+            weight = self.kv.weight.split([G * D, G * Dv])
+            k, v = (F.linear(i, w, b) for i, w, b in zip((keys, values), weight, bias, strict=True))
+        return self._heads(k, G, "k"), v.unflatten(-1, (G, Dv))
+
+    def _cross(self, x: Tensor, ctx: Context, state: Any, keys: Tensor | None, values: Tensor | None) -> Tensor:
+        segments = ctx.memory_segments
+        xq = x
+        if state is not None and state.k is not None:
+            k, v, segments = state.k, state.v, state.segments
+        else:
+            keys = ctx.needs_memory(self.path) if keys is None else keys
+            values = keys if values is None else values
+            xq, xk = self.position.embed_qk(x, keys, ctx)
+            k, v = self._memory(xk, values)
+        q = self._heads(self.q(xq), self.heads, "q")
+        at = ctx.once(("memory", id(segments), k.shape[1]), lambda: _memory_coords(ctx, k.shape[1], segments))
+        rule: Mask = Full() if segments is None else Padding()
+        return self._finish(q, k, v, q, k, rule, at, ctx)
+
+    def _finish(
+        self, q: Tensor, k: Tensor, v: Tensor, q_raw: Tensor, k_raw: Tensor, rule: Mask, at: Coords, ctx: Context
+    ) -> Tensor:
+        mask = ctx.bind(rule, at)
+        qh, kh, vh = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        if "regions" in self.position.hooks:
+            parts = self.position.regions(q_raw.transpose(1, 2), k_raw.transpose(1, 2), vh, mask, ctx)
+            out = attend_regions(parts, qh, scale=self.scale)
+        else:
+            score = Score(cap=self.cap) if self.cap is not None else None
+            if "score" in self.position.hooks:
+                score = self.position.score(q_raw, k_raw, at, ctx, self.project).merged(score)
+            out = attend(qh, kh, vh, mask=mask, score=score, scale=self.scale, dropout=dropout)
+        return self.out(out.transpose(1, 2).flatten(-2))
+
+    def project(self, x: Tensor, which: Literal["query", "key"]) -> Tensor:
+        """The mixer's own map on other vectors (R,C) -> (R,heads,D): DeBERTa's shared projections."""
+        H, G, D = self.heads, self.kv_heads, self.head_dim
+        start, heads = (0, H) if which == "query" else (H * D, G)
+        stop = start + heads * D
+        bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
+        return F.linear(x, self.qkv.weight[start:stop], bias).unflatten(-1, (heads, D))
+
+
+def _memory_coords(ctx: Context, length: int, segments: Tensor | None) -> Coords:
+    order = torch.arange(length, device=ctx.order.device)[None]
+    return Coords(Side(ctx.order, None, ctx.positions), Side(order, segments, order[..., None]))

@@ -1,0 +1,144 @@
+"""Containers: blocks in an arrangement. `Stack` runs them one after another at one width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dovetail.errors import BuildError, SpecError
+from dovetail.parts.block import PreNorm
+from dovetail.parts.context import Context
+from dovetail.parts.norm import RmsNorm
+from dovetail.parts.position.base import NoPosition, check_hooks
+from dovetail.parts.state import Room, State
+from dovetail.spec import Slot, Spec, register
+from dovetail.spec.categories import BlockPart, NormPart, PositionPart
+from dovetail.spec.paths import fold, selected
+
+
+@register(
+    "container", "stack", default=True, oracle="transformers bart encoder", source="Vaswani et al. 2017, figure 1"
+)
+class Stack(Spec):
+    """`depth` blocks at one width.
+
+    blocks: one block for all layers, or a list of {layers: "0" | "1:" | "::2" | "0:4", ...block}; kept as one
+    entry a layer. position: what is added to the embedded tokens. norm_in: norm of them (BERT, BART).
+    norm: after the last block. dropout: on the embedded tokens.
+    """
+
+    depth: int = 2
+    blocks: tuple[BlockPart, ...] = (PreNorm(),)
+    position: PositionPart = NoPosition()
+    norm_in: NormPart | None = None
+    norm: NormPart | None = RmsNorm()
+    dropout: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        depth = data.get("depth", cls.model_fields["depth"].default)
+        given = data.get("blocks", cls.model_fields["blocks"].default)
+        if not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depth is {depth!r}; give a whole number of at least 1")
+        return data | {"blocks": _expanded(given, depth)}
+
+    @field_validator("blocks")
+    @classmethod
+    def _all_layers(cls, blocks: tuple[Spec, ...]) -> tuple[Spec, ...]:
+        return blocks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Blocks compressed: one mapping when all agree, else a list with `layers`."""
+        data = super().to_dict()
+        runs = fold(self.blocks)
+        if len(runs) == 1:
+            return data | {"blocks": runs[0][1].to_dict()}
+        return data | {"blocks": [{"layers": span} | block.to_dict() for span, block in runs]}
+
+    def build(self, slot: Slot) -> nn.Module:
+        return StackModule(self, slot)
+
+
+class StackModule(nn.Module):
+    def __init__(self, spec: Stack, slot: Slot):
+        super().__init__()
+        self.position = slot.build(spec.position, "position")
+        check_hooks(self.position, frozenset({"embed"}), spec.position.kind, f"{slot.path}.position".lstrip("."))
+        self.norm_in = None if spec.norm_in is None else slot.build(spec.norm_in, "norm_in")
+        self.dropout = nn.Dropout(spec.dropout)
+        self.blocks = nn.ModuleList()
+        for i, block in enumerate(spec.blocks):
+            self.blocks.append(slot.build(block, f"blocks.{i}", layer=i, depth=spec.depth))
+        self.norm = None if spec.norm is None else slot.build(spec.norm, "norm")
+        self.checkpointing = False
+
+    def embed(self, x: Tensor, ctx: Context) -> Tensor:
+        """Token vectors (B,T,C) with position, norm and dropout."""
+        x = self.position.embed(x, ctx)
+        x = x if self.norm_in is None else self.norm_in(x)
+        return self.dropout(x)
+
+    def run(self, x: Tensor, ctx: Context, layers: list[dict[str, Any]] | None = None) -> Tensor:
+        """The blocks and the last norm, (B,T,C) -> (B,T,C). layers: their states when decoding."""
+        for i, block in enumerate(self.blocks):
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, ctx, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, ctx, None if layers is None else layers[i])
+        return x if self.norm is None else self.norm(x)
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        """Token vectors (B,T,C) -> hidden states (B,T,C)."""
+        return self.run(self.embed(x, ctx), ctx, None if state is None else state.layers)
+
+    def new_layers(self, room: Room) -> list[dict[str, Any]]:
+        """Fresh layer states. Raises BuildError for a mixer that cannot decode."""
+        layers = []
+        for i, block in enumerate(self.blocks):
+            if not hasattr(block, "new_state"):
+                raise BuildError(
+                    f"{type(block).__name__} keeps no state", where=f"blocks.{i}", remedy="run it without one"
+                )
+            layers.append(block.new_state(room))  # type: ignore[operator]
+        return layers
+
+
+def _expanded(given: Any, depth: int) -> tuple[Any, ...]:
+    """One entry a layer from one block, a list with `layers`, or a tuple that is expanded already."""
+    if isinstance(given, (Spec, dict, str)):
+        return (given,) * depth
+    items = list(given)
+    if not any(isinstance(item, dict) and "layers" in item for item in items):
+        if len(items) == 1:
+            return tuple(items) * depth
+        if len(items) != depth:
+            raise ValueError(f"{len(items)} blocks for a depth of {depth}; give one, {depth}, or ranges with 'layers'")
+        return tuple(items)
+    filled: list[Any] = [None] * depth
+    for item in items:
+        if not isinstance(item, dict) or "layers" not in item:
+            raise ValueError("a list of blocks with 'layers' needs it in every entry")
+        block = {key: value for key, value in item.items() if key != "layers"}
+        try:
+            rows = selected(str(item["layers"]), depth)
+        except SpecError as error:
+            raise ValueError(f"layers {item['layers']!r}: {error.what}") from None
+        for i in rows:
+            filled[i] = block
+    missing = [i for i, block in enumerate(filled) if block is None]
+    if missing:
+        raise ValueError(f"no block is given for layers {missing}")
+    return tuple(filled)
+
+
+def stack_slot(spec: Any, slot: Slot) -> Slot:
+    """The slot of a stack's inside: its depth and the model's context and init."""
+    return replace(slot, depth=spec.depth, context=spec.context, init=spec.init)

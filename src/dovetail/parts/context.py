@@ -1,0 +1,128 @@
+"""Context: what a forward pass knows about its tokens besides their vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from dovetail.errors import BuildError, DataError
+from dovetail.kernels.attention import BoundMask, Coords, Side
+from dovetail.parts.mask import Document, Mask
+
+
+@dataclass(frozen=True)
+class Context:
+    """B batch (or 1 where all rows agree), T tokens, A position axes (1 text, 2 images, 3 M-RoPE).
+
+    positions (B,T,A): what encodings read. order (B,T): what masks compare. segments (B,T): documents
+    of a packed row, negative for padding, or None. memory (B,S,C), memory_segments (B,S): encoder output.
+    cond: named conditioning tensors (time, class, text). grid: height and width of a flattened image.
+    aligned: a static promise that order is 0..T-1 in every row and nothing is padded or packed.
+    memo: tables and masks computed once a forward and shared by the layers; never part of the pytree.
+    """
+
+    positions: Tensor
+    order: Tensor
+    segments: Tensor | None = None
+    memory: Tensor | None = None
+    memory_segments: Tensor | None = None
+    cond: dict[str, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    aligned: bool = False
+    memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of(
+        batch: int,
+        length: int,
+        device: torch.device,
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        start: Tensor | int = 0,
+    ) -> Context:
+        """The context of (batch, length) tokens.
+
+        attention_mask (B,T): nonzero where a token is real; padding on either side gives the same result.
+        segments (B,T): document numbers of packed rows; positions restart with each.
+        start: tokens that came before, () or (B,) (decoding).
+        Raises DataError when the shapes do not match.
+        """
+        for name, given in (("attention_mask", attention_mask), ("segments", segments)):
+            if given is not None and given.shape != (batch, length):
+                raise DataError(f"{name} has shape {tuple(given.shape)}", remedy=f"give {(batch, length)}")
+        plain = attention_mask is None and segments is None
+        begins = isinstance(start, int) and start == 0
+        if attention_mask is not None:
+            real = attention_mask.to(torch.bool)
+            segments = torch.where(real, segments if segments is not None else 0, -1)
+            order = (real.long().cumsum(-1) - 1).clamp_min(0)
+        else:
+            order = torch.arange(length, device=device)[None]
+        order = order + (start if isinstance(start, int) else start.view(-1, 1))
+        if positions is None:
+            positions = order if segments is None or not begins else _within(segments, order)
+        if positions.dim() == 2:
+            positions = positions[..., None]
+        return Context(positions, order, segments, aligned=plain and begins)
+
+    @property
+    def side(self) -> Side:
+        return Side(self.order, self.segments, self.positions)
+
+    def bind(self, rule: Mask, at: Coords | None = None) -> BoundMask:
+        """`rule` over coordinates (the tokens themselves unless given), with documents kept apart."""
+        at = self.coords if at is None else at
+        if at.q.segments is not None and at.k.segments is not None:
+            rule = rule & Document()
+        return self.once((rule, id(at)), lambda: BoundMask(rule, at))
+
+    @property
+    def coords(self) -> Coords:
+        return self.once("coords", lambda: Coords(self.side, self.side, self.aligned))
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once in this forward for `key`."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def needs_memory(self, path: str) -> Tensor:
+        if self.memory is None:
+            raise BuildError(
+                "a cross-attention without encoder output", where=path, remedy="pass memory, or encode first"
+            )
+        return self.memory
+
+    def with_memory(self, memory: Tensor | None, segments: Tensor | None) -> Context:
+        return replace(self, memory=memory, memory_segments=segments, memo={})
+
+
+def _within(segments: Tensor, order: Tensor) -> Tensor:
+    """Positions that restart where the segment changes: (B,T). Padding keeps the running count's zero."""
+    index = torch.arange(segments.shape[1], device=segments.device)[None].expand_as(segments)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = torch.where(first, index, 0).cummax(-1).values
+    return torch.where(segments >= 0, index - starts, 0)
+
+
+_TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "cond")
+
+
+def _flatten(ctx: Context) -> tuple[list[Any], Any]:
+    return [getattr(ctx, name) for name in _TENSORS], (ctx.grid, ctx.aligned)
+
+
+def _unflatten(values: Any, static: Any) -> Context:
+    return Context(**dict(zip(_TENSORS, values, strict=True)), grid=static[0], aligned=static[1])
+
+
+_pytree.register_pytree_node(Context, _flatten, _unflatten, serialized_type_name="dovetail.Context")
+assert {f.name for f in fields(Context)} == {*_TENSORS, "grid", "aligned", "memo"}

@@ -1,0 +1,43 @@
+"""Gated linear units on each position."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dovetail.parts.activation import Silu
+from dovetail.parts.weights import Linear
+from dovetail.spec import Slot, Spec, register
+from dovetail.spec.categories import ActivationPart
+
+
+@register(
+    "feedforward", "glu", oracle="transformers llama LlamaMLP", source="Shazeer 2020, eq. 5-6; Dauphin et al. 2016"
+)
+class Glu(Spec):
+    """W_down (act(W_gate x) · W_up x). With sigmoid it is GLU, relu ReGLU, gelu GEGLU, silu SwiGLU, identity bilinear.
+
+    hidden: 8/3·dim rounded up to a multiple of 8 unless given (the parameters of a 4·dim MLP).
+    """
+
+    hidden: int | None = None
+    activation: ActivationPart = Silu()
+    bias: bool = False
+    dropout: float = 0.0
+
+    def build(self, slot: Slot) -> nn.Module:
+        return GluModule(self, slot)
+
+
+class GluModule(nn.Module):
+    def __init__(self, spec: Glu, slot: Slot):
+        super().__init__()
+        hidden = spec.hidden or -(-8 * slot.dim // 3 // 8) * 8
+        self.gate_up = Linear(slot.dim, 2 * hidden, slot=slot, bias=spec.bias, parts=[("in", hidden), ("in", hidden)])
+        self.activation = slot.build(spec.activation, "activation", dim=hidden)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.down = Linear(hidden, slot.width_out, slot=slot, bias=spec.bias, role="residual")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,T,C) -> (B,T,C')."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.dropout(self.activation(gate) * up))

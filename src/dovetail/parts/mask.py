@@ -1,0 +1,209 @@
+"""Masks: an algebra over `order`, not a tensor. `Causal() & Window(512)`, `Causal() | Prefix(n)`.
+
+Each rule is one elementwise test of a query side against a key side (order i against order j), so
+that the dense mask, FlexAttention's mask_mod and the tile map are the same function of different
+indices. Negative segments are padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.kernels.attention.coords import Side
+from dovetail.spec import Spec, register
+from dovetail.spec.categories import MaskPart
+
+
+class Mask(Spec):
+    """Base: what every rule can be asked."""
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        """bool, broadcast of the two sides: may query i see key j?"""
+        raise TypeError(f"{self.kind} does not say what it allows")
+
+    def is_full(self) -> bool:
+        """True when the rule statically hides nothing."""
+        return False
+
+    def is_causal(self) -> bool:
+        """True when the rule is exactly Causal."""
+        return False
+
+    def for_newest(self, ring: int | None) -> Mask:
+        """The same rule for one newest query over the stored past (of the last `ring` tokens, if a ring)."""
+        return self
+
+    def span(self) -> int | None:
+        """How many of the last tokens a causal query can see at most, or None when unbounded."""
+        return None
+
+    def __and__(self, other: Mask) -> Mask:
+        return _joined(And, self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return _joined(Or, self, other)
+
+
+@register("mask", "full", oracle="formula: true", source="Vaswani et al. 2017")
+class Full(Mask):
+    """Everybody sees everybody."""
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        return q.order == q.order
+
+    def is_full(self) -> bool:
+        return True
+
+
+@register("mask", "causal", oracle="formula: j <= i", source="Vaswani et al. 2017, section 3.2.3", causal=True)
+class Causal(Mask):
+    """j <= i."""
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        return k.order <= q.order
+
+    def is_causal(self) -> bool:
+        return True
+
+    def for_newest(self, ring: int | None) -> Mask:
+        return Full()
+
+
+@register("mask", "window", oracle="formula: 0 <= i - j < size", source="Beltagy et al. 2020, Longformer", causal=True)
+class Window(Mask):
+    """0 <= i - j < size: the last `size` tokens, oneself included."""
+
+    size: int
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        back = q.order - k.order
+        return (back >= 0) & (back < self.size)
+
+    def for_newest(self, ring: int | None) -> Mask:
+        return Full() if ring is not None and ring <= self.size else self
+
+    def span(self) -> int | None:
+        return self.size
+
+
+@register("mask", "band", oracle="formula: -after <= i - j <= before", source="Beltagy et al. 2020, Longformer")
+class Band(Mask):
+    """-after <= i - j <= before: a window that also looks ahead, for encoders."""
+
+    before: int
+    after: int
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        back = q.order - k.order
+        return (back <= self.before) & (back >= -self.after)
+
+
+@register("mask", "prefix", oracle="formula: j < length", source="Raffel et al. 2020, section 3.2.1")
+class Prefix(Mask):
+    """j < length: the first `length` tokens are seen by all (`Causal() | Prefix(n)`; with a window: sinks)."""
+
+    length: int
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        return (k.order < self.length) & (q.order == q.order)
+
+
+@register("mask", "dilated", oracle="formula: (i - j) mod step == 0", source="Child et al. 2019, section 4")
+class Dilated(Mask):
+    """(i - j) mod step == 0: every `step`-th token (atrous attention)."""
+
+    step: int
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        return torch.remainder(q.order - k.order, self.step) == 0
+
+
+@register(
+    "mask", "strided", oracle="formula: i - j < stride or (i - j) mod stride == 0", source="Child et al. 2019, eq. 5"
+)
+class Strided(Mask):
+    """The last `stride` tokens, and every `stride`-th before them (OpenAI's strided pattern; `&` it with Causal)."""
+
+    stride: int
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        back = q.order - k.order
+        return ((back >= 0) & (back < self.stride)) | (torch.remainder(back, self.stride) == 0)
+
+
+@register("mask", "document", oracle="formula: segment i == segment j >= 0", source="Raffel et al. 2020 (packing)")
+class Document(Mask):
+    """Same segment, and not padding. Without segments everything is one document."""
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        if q.segments is None or k.segments is None:
+            return (q.order == q.order) & (k.order == k.order)
+        return (q.segments == k.segments) & (k.segments >= 0)
+
+
+@register("mask", "padding", oracle="formula: segment j >= 0", source="Vaswani et al. 2017")
+class Padding(Mask):
+    """Keys that are real: segment >= 0 (or order < lengths of the row, when lengths are given)."""
+
+    lengths: tuple[int, ...] | None = None
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        if self.lengths is not None:
+            limit = torch.tensor(self.lengths, device=k.order.device)
+            return (k.order < limit.view(-1, *[1] * (k.order.dim() - 1))) & (q.order == q.order)
+        if k.segments is None:
+            return (q.order == q.order) & (k.order == k.order)
+        return (k.segments >= 0) & (q.order == q.order)
+
+
+@register("mask", "and", oracle="formula: all", source="mask algebra")
+class And(Mask):
+    """All of `rules`."""
+
+    rules: tuple[MaskPart, ...]
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        seen = self.rules[0].allowed(q, k)
+        for rule in self.rules[1:]:
+            seen = seen & rule.allowed(q, k)
+        return seen
+
+    def for_newest(self, ring: int | None) -> Mask:
+        joined: Mask = Full()
+        for rule in self.rules:
+            joined = joined & rule.for_newest(ring)
+        return joined
+
+    def span(self) -> int | None:
+        spans = [s for rule in self.rules if (s := rule.span()) is not None]
+        return min(spans) if spans else None
+
+
+@register("mask", "or", oracle="formula: any", source="mask algebra")
+class Or(Mask):
+    """Any of `rules`."""
+
+    rules: tuple[MaskPart, ...]
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        seen = self.rules[0].allowed(q, k)
+        for rule in self.rules[1:]:
+            seen = seen | rule.allowed(q, k)
+        return seen
+
+
+def _joined(kind: Any, a: Mask, b: Mask) -> Mask:
+    """`a op b`, flattened; Full is neutral for & and absorbs |."""
+    if a.is_full() or b.is_full():
+        if kind is Or:
+            return Full()
+        return b if a.is_full() else a
+    rules: list[Mask] = []
+    for side in (a, b):
+        for rule in side.rules if isinstance(side, kind) else (side,):
+            if rule not in rules:
+                rules.append(rule)
+    return rules[0] if len(rules) == 1 else kind(rules=tuple(rules))

@@ -1,0 +1,66 @@
+"""Position: the places where position can enter a model.
+
+A `stack.position` may only use `embed`; a `mixer.position` may only use the others. Each position says
+in `hooks` which it uses; one that its place does not offer is refused when the model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dovetail.errors import BuildError
+from dovetail.kernels.attention import BoundMask, Coords, Region, Score
+from dovetail.parts.context import Context
+from dovetail.spec import Slot, Spec, register
+
+HOOKS = ("embed", "embed_qk", "rotate", "score", "regions")
+
+
+class PositionModule(nn.Module):
+    """Base: every hook is the identity. B batch, T queries, S keys, H heads, G key heads, D width."""
+
+    hooks: ClassVar[frozenset[str]] = frozenset()
+    caches: ClassVar[str] = "rotated"  # "raw" where keys must be stored before rotation
+
+    def embed(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B,T,C) -> (B,T,C): position added to (or multiplied into) the token vectors."""
+        return x
+
+    def embed_qk(self, xq: Tensor, xk: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Inputs of the query and key maps, (B,T,C) and (B,S,C); values do not see it."""
+        return xq, xk
+
+    def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
+        """q (B,T,H,D) at `at.q`, k (B,S,G,D) at `at.k`."""
+        return q, k
+
+    def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
+        """Terms of the attention score from the raw q (B,T,H,D) and k (B,S,G,D)."""
+        return Score()
+
+    def regions(self, q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, ctx: Context) -> list[Region]:
+        """Disjoint regions that together are the attention; q, k raw, heads first (B,H,T,D)."""
+        raise TypeError("no regions here")
+
+
+@register("position", "none", oracle="formula: identity", source="Kazemnejad et al. 2023 (NoPE)")
+class NoPosition(Spec):
+    """No position at all (NoPE)."""
+
+    def build(self, slot: Slot) -> nn.Module:
+        return PositionModule()
+
+
+def check_hooks(position: PositionModule, offered: frozenset[str], kind: str, path: str) -> None:
+    """Raises BuildError when `position` uses a hook that its place would never call."""
+    unused = position.hooks - offered
+    if unused:
+        raise BuildError(
+            f"position {kind!r} works by {', '.join(sorted(unused))}, which this place never calls",
+            where=path,
+            remedy=f"here only {', '.join(sorted(offered)) or 'nothing'} is used; "
+            + ("put it at the stack's position" if "embed" in unused else "put it at a mixer's position"),
+        )

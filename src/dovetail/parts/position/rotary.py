@@ -1,0 +1,116 @@
+"""RoPE: queries and keys turned by their position, so that q·k depends on the distance alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.errors import BuildError
+from dovetail.kernels.attention import Coords, Side
+from dovetail.parts.context import Context
+from dovetail.parts.position.base import PositionModule
+from dovetail.parts.position.scaling import RopeScaling
+from dovetail.spec import Slot, Spec, register
+from dovetail.spec.categories import RopeScalingPart
+
+
+@register("position", "rope", oracle="transformers llama apply_rotary_pos_emb", source="Su et al. 2021, eq. 15 and 34")
+class Rope(Spec):
+    """Rotary position embedding.
+
+    theta: base of the frequencies. layout: "half" pairs entry i with i + D/2 (transformers), "interleaved"
+    pairs 2i with 2i + 1 (Meta, RoFormer). width: share of the head that is turned (the first entries).
+    scaling: how the frequencies stretch beyond the trained length.
+    """
+
+    theta: float = 10_000.0
+    layout: Literal["half", "interleaved"] = "half"
+    width: float = 1.0
+    scaling: RopeScalingPart | None = None
+
+    def build(self, slot: Slot) -> nn.Module:
+        assert slot.head_dim is not None
+        dim = int(slot.head_dim * self.width)
+        if dim < 2 or dim % 2:
+            raise BuildError(
+                f"RoPE turns pairs, and {self.width} of a head of {slot.head_dim} is {dim} entries",
+                where=slot.path,
+                remedy="choose a head width and share that give an even number",
+            )
+        return RopeModule(self, dim, slot)
+
+
+class RopeModule(PositionModule):
+    hooks: ClassVar[frozenset[str]] = frozenset({"rotate"})
+
+    def __init__(self, spec: Rope, dim: int, slot: Slot):
+        super().__init__()
+        self.rope, self.dim, self.context, self.path = spec, dim, slot.context, slot.path
+        scaling = spec.scaling
+        assert scaling is None or isinstance(scaling, RopeScaling)
+        self.scaling = scaling
+        if scaling is not None:
+            scaling.check(self.context, dim, slot.path)
+        self.caches = "raw" if scaling is not None and scaling.needs_length else "rotated"  # type: ignore[misc]
+        self.inverse, self.factor = self._frequencies(torch.get_default_device())
+
+    def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Inverse frequencies (dim/2,) in fp32, whatever the model's dtype, and the factor on cos and sin."""
+        if self.scaling is None or self.scaling.needs_length:
+            return plain_frequencies(self.dim, self.rope.theta, device), 1.0
+        return self.scaling.frequencies(self.dim, self.rope.theta, self.context, None, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves with the model but never rounds: the table is made anew in fp32 on the new device."""
+        super()._apply(fn, recurse)
+        self.inverse, self.factor = self._frequencies(fn(torch.empty(0, device=self.inverse.device)).device)
+        return self
+
+    def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
+        longest = at.k if self.caches == "raw" else None
+        return (
+            turn(q, *self.tables(at.q, q.dtype, ctx, longest), self.rope.layout),
+            turn(k, *self.tables(at.k, k.dtype, ctx, longest), self.rope.layout),
+        )
+
+    def tables(
+        self, side: Side, dtype: torch.dtype, ctx: Context, longest: Side | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin (B|1,T,1,dim/2) for the positions of a side, computed once a forward for all equal ropes."""
+        positions = side.positions
+        assert positions is not None
+
+        def make() -> tuple[Tensor, Tensor]:
+            inverse, factor = self.inverse, self.factor
+            if self.scaling is not None and self.scaling.needs_length:
+                ends = side if longest is None else longest
+                length = torch.where(ends.order < 2**40, ends.positions[..., 0], 0).max() + 1  # type: ignore[index]
+                inverse, factor = self.scaling.frequencies(
+                    self.dim, self.rope.theta, self.context, length, positions.device
+                )
+            angle = positions[..., :1].float() * inverse
+            return (angle.cos() * factor).to(dtype)[:, :, None], (angle.sin() * factor).to(dtype)[:, :, None]
+
+        key = ("rope", self.rope, self.dim, self.context, dtype, id(positions), id(longest and longest.positions))
+        return ctx.once(key, make)
+
+
+def plain_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i/dim), i < dim/2, fp32."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
+    """Rotates the first 2·cos.shape[-1] entries of x (B,T,H,D) pairwise."""
+    dim = 2 * cos.shape[-1]
+    part, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
+    if layout == "half":
+        a, b = part.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    else:
+        a, b = part[..., 0::2], part[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)

@@ -1,0 +1,330 @@
+"""State: what mixers remember while decoding. Static buffers, updated in place, never differentiated.
+
+A `Timeline` says which tokens are stored (shared by all layers of one geometry); a `KVState` holds one
+layer's keys and values. Token number n of a row lives in slot n (slot n mod W in a ring of W); padding
+goes to a spare slot that nobody reads. Positions inside are tensors; `count` is a hint for the host
+that lets eager decoding read only what is filled, and is None when a captured graph drives the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import RunError
+from dovetail.kernels.attention import Coords, Side
+from dovetail.parts.context import Context
+
+FAR = 2**40  # order of an empty slot: later than any query, so no causal query sees it
+
+
+class LayerState(Protocol):
+    """What every remembered thing can do."""
+
+    def reorder(self, indices: Tensor) -> None: ...
+
+    def truncate(self, length: int) -> None: ...
+
+    def snapshot(self) -> Any: ...
+
+    def nbytes(self) -> int: ...
+
+
+@dataclass
+class Step:
+    """How one forward writes into a timeline and what its queries then see."""
+
+    coords: Coords
+    newest: bool  # one query per row, after everything stored
+    where: Tensor | slice  # slots: (B,T) indices, or a slice when all rows agree
+    visible: int | None  # how many slots to read (host hint), None for all
+    chunk_over_ring: bool = False  # read the old ring and the new tokens side by side, then write
+
+
+class Timeline:
+    """Which tokens the slots hold: order (B,S+1), segments implied by order, positions (B,S+1,A)."""
+
+    def __init__(self, batch: int, capacity: int, axes: int, ring: int | None, device: torch.device):
+        self.ring = ring
+        self.capacity = capacity
+        self.slots = capacity if ring is None else min(ring, capacity)
+        self.order = torch.full((batch, self.slots + 1), FAR, device=device)
+        self.positions = torch.zeros(batch, self.slots + 1, axes, dtype=torch.long, device=device)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        self.count: int | None = 0  # host's bound on the tokens of any row; None when a graph drives the state
+        self.even = True  # every row holds exactly `count` tokens
+        self.step: Step | None = None
+
+    def advance(self, ctx: Context) -> Step:
+        """Makes room for the tokens of `ctx`; call once a forward, before the layers append."""
+        B, T = self.order.shape[0], ctx.order.shape[1]
+        if self.count is not None and self.count + T > self.capacity and (self.even and ctx.segments is None):
+            raise RunError(
+                f"the state holds {self.capacity} tokens and {self.count + T} are needed",
+                remedy="make it larger: model.new_state(batch, capacity=...)",
+            )
+        order = ctx.order.expand(B, T)
+        positions = ctx.positions.expand(B, T, -1)
+        start, even = self.count, self.even and ctx.segments is None
+        over_ring = self.ring is not None and T > 1
+        before = Side(self.order[:, :-1].clone(), None, self.positions[:, :-1].clone()) if over_ring else None
+        slots = order if self.ring is None else order % self.slots
+        if ctx.segments is not None:
+            slots = torch.where(ctx.segments >= 0, slots, self.slots)
+        where: Tensor | slice = slots
+        if even and start is not None and start % self.slots + T <= self.slots:
+            where = slice(start % self.slots, start % self.slots + T)
+        hidden = order if ctx.segments is None else torch.where(ctx.segments >= 0, order, FAR)
+        self._write(where, hidden, positions)
+        self.length = self.length + (T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
+        self.even = even
+        self.count = None if start is None else min(start + T, self.capacity)
+        visible = None if self.count is None else min(self.count, self.slots)
+        q = Side(order, None, positions)
+        if before is not None:
+            k = Side(torch.cat([before.order, hidden], 1), None, torch.cat([_positions(before), positions], 1))
+            coords = Coords(q, k)
+        else:
+            stop = self.slots if visible is None else visible
+            coords = Coords(q, Side(self.order[:, :stop], None, self.positions[:, :stop]), ctx.aligned and start == 0)
+        self.step = Step(coords, even and start is not None and T == 1, where, visible, over_ring)
+        return self.step
+
+    def _write(self, where: Tensor | slice, order: Tensor, positions: Tensor) -> None:
+        if isinstance(where, slice):
+            self.order[:, where] = order
+            self.positions[:, where] = positions
+            return
+        where = _last(where, self.ring is not None, self.slots)
+        self.order.scatter_(1, where, order)
+        self.positions.scatter_(1, where[..., None].expand_as(positions), positions)
+        self.order[:, self.slots] = FAR
+
+    def reorder(self, indices: Tensor) -> None:
+        self.order, self.positions = self.order[indices], self.positions[indices]
+        self.length = self.length[indices]
+
+    def truncate(self, length: int) -> None:
+        if self.ring is not None and int(self.length.max()) > self.slots:
+            raise RunError(
+                "a ring that has wrapped cannot be truncated: what it overwrote is gone",
+                remedy="take a snapshot() before, or decode without a window",
+            )
+        self.order = torch.where(self.order >= length, FAR, self.order)
+        self.length = self.length.clamp_max(length)
+        if self.count is not None:
+            self.count = min(self.count, length)
+
+    def snapshot(self) -> Timeline:
+        copy = object.__new__(Timeline)
+        copy.__dict__.update(self.__dict__)
+        copy.order, copy.positions, copy.length = self.order.clone(), self.positions.clone(), self.length.clone()
+        return copy
+
+
+class KVState:
+    """One attention layer's keys (B,S+1,G,D) and values (B,S+1,G,Dv) over a shared timeline."""
+
+    def __init__(self, timeline: Timeline, heads: int, dim: int, dim_v: int, dtype: torch.dtype):
+        batch, slots = timeline.order.shape
+        device = timeline.order.device
+        self.timeline = timeline
+        self.k = torch.zeros(batch, slots, heads, dim, dtype=dtype, device=device)
+        self.v = torch.zeros(batch, slots, heads, dim_v, dtype=dtype, device=device)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Step]:
+        """Stores k (B,T,G,D), v (B,T,G,Dv); returns all keys and values that `step.coords.k` describes."""
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise RunError(
+                "a decoding state was given tensors that need gradients", remedy="decode under torch.no_grad()"
+            )
+        step = self.timeline.step
+        assert step is not None, "the stack advances its timelines before its layers run"
+        if step.chunk_over_ring:
+            slots = self.timeline.slots
+            keys = torch.cat([self.k[:, :slots], k.to(self.k.dtype)], 1)
+            values = torch.cat([self.v[:, :slots], v.to(self.v.dtype)], 1)
+            self._write(k, v, step.where)
+            return keys, values, step
+        self._write(k, v, step.where)
+        stop = self.timeline.slots if step.visible is None else step.visible
+        return self.k[:, :stop], self.v[:, :stop], step
+
+    def _write(self, k: Tensor, v: Tensor, where: Tensor | slice) -> None:
+        if isinstance(where, slice):
+            self.k[:, where] = k
+            self.v[:, where] = v
+            return
+        index = _last(where, self.timeline.ring is not None, self.timeline.slots)[..., None, None]
+        self.k.scatter_(1, index.expand_as(k), k.to(self.k.dtype))
+        self.v.scatter_(1, index.expand_as(v), v.to(self.v.dtype))
+
+    def reorder(self, indices: Tensor) -> None:
+        self.k, self.v = self.k[indices], self.v[indices]
+
+    def truncate(self, length: int) -> None:
+        """Nothing to forget here: the timeline marks the slots as empty."""
+
+    def snapshot(self) -> KVState:
+        copy = object.__new__(KVState)
+        copy.timeline, copy.k, copy.v = self.timeline, self.k.clone(), self.v.clone()
+        return copy
+
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class CrossState:
+    """Keys and values of the encoder output, projected once. segments (B,S): negative for padding."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.segments: Tensor | None = None
+
+    def reorder(self, indices: Tensor) -> None:
+        if self.k is not None and self.v is not None:
+            self.k, self.v = self.k[indices], self.v[indices]
+        if self.segments is not None:
+            self.segments = self.segments[indices]
+
+    def truncate(self, length: int) -> None:
+        """The encoder output does not grow."""
+
+    def snapshot(self) -> CrossState:
+        copy = CrossState()
+        copy.k, copy.v, copy.segments = self.k, self.v, self.segments
+        return copy
+
+    def nbytes(self) -> int:
+        return 0 if self.k is None or self.v is None else self.k.nbytes + self.v.nbytes
+
+
+class VectorState:
+    """A recurrence's tensors by name, each (B, ...). Cannot be truncated: only snapshots can go back."""
+
+    def __init__(self, **tensors: Tensor):
+        self.tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def update(self, **tensors: Tensor) -> None:
+        for name, value in tensors.items():
+            self.tensors[name].copy_(value)
+
+    def reorder(self, indices: Tensor) -> None:
+        self.tensors = {name: t[indices] for name, t in self.tensors.items()}
+
+    def truncate(self, length: int) -> None:
+        raise RunError(
+            "a recurrent state cannot be truncated: it keeps no past to go back to",
+            remedy="take a snapshot() before the step and restore it",
+        )
+
+    def snapshot(self) -> VectorState:
+        return VectorState(**{name: t.clone() for name, t in self.tensors.items()})
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+@dataclass
+class Room:
+    """What a mixer needs to make its state: sizes, place, and the timelines shared so far."""
+
+    batch: int
+    capacity: int
+    device: torch.device
+    dtype: torch.dtype
+    axes: int = 1
+    timelines: dict[int | None, Timeline] = field(default_factory=dict)
+
+    def timeline(self, ring: int | None = None) -> Timeline:
+        """The timeline of a geometry; a ring wider than the capacity is no ring."""
+        ring = None if ring is not None and ring >= self.capacity else ring
+        if ring not in self.timelines:
+            self.timelines[ring] = Timeline(self.batch, self.capacity, self.axes, ring, self.device)
+        return self.timelines[ring]
+
+
+class State:
+    """A model's memory: one entry a layer (a mapping of names to layer states) and the shared timelines."""
+
+    def __init__(self, layers: list[dict[str, Any]], room: Room, extra: dict[str, Any] | None = None):
+        self.layers = layers
+        self.room = room
+        self.extra = extra or {}
+        self.length = torch.zeros(room.batch, dtype=torch.long, device=room.device)
+        self.count: int | None = 0  # tokens in every row, when all agree
+
+    def start(self) -> Tensor | int:
+        """Tokens seen so far: an int when all rows agree, else (B,)."""
+        return self.length if self.count is None else self.count
+
+    def advance(self, ctx: Context) -> None:
+        """Tells every timeline about the tokens that this forward brings."""
+        for timeline in self.room.timelines.values():
+            timeline.advance(ctx)
+        T = ctx.order.shape[1]
+        self.length = self.length + (T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
+        self.count = self.count + T if self.count is not None and ctx.segments is None else None
+
+    def reorder(self, indices: Tensor) -> None:
+        """Row b becomes what row indices[b] was: (B',) int64. Beams and shared prompts."""
+        self._each(lambda part: part.reorder(indices))
+        for timeline in self.room.timelines.values():
+            timeline.reorder(indices)
+        self.length = self.length[indices]
+        self.room.batch = indices.shape[0]
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from number `length` on. Raises RunError where that is impossible."""
+        self._each(lambda part: part.truncate(length))
+        for timeline in self.room.timelines.values():
+            timeline.truncate(length)
+        self.length = self.length.clamp_max(length)
+        self.count = None if self.count is None else min(self.count, length)
+
+    def snapshot(self) -> State:
+        """An independent copy."""
+        room = Room(self.room.batch, self.room.capacity, self.room.device, self.room.dtype, self.room.axes)
+        room.timelines = {ring: timeline.snapshot() for ring, timeline in self.room.timelines.items()}
+        same = {id(old): room.timelines[ring] for ring, old in self.room.timelines.items()}
+
+        def copy(part: Any) -> Any:
+            new = part.snapshot()
+            if isinstance(new, KVState):
+                new.timeline = same[id(part.timeline)]
+            return new
+
+        layers = [{name: copy(part) for name, part in layer.items()} for layer in self.layers]
+        state = State(layers, room, {name: copy(part) for name, part in self.extra.items()})
+        state.length, state.count = self.length.clone(), self.count
+        return state
+
+    def nbytes(self) -> int:
+        """Bytes of what the layers remember, as allocated."""
+        return sum(part.nbytes() for layer in self.layers for part in layer.values())
+
+    def _each(self, act: Callable[[Any], None]) -> None:
+        for part in [p for layer in self.layers for p in layer.values()] + list(self.extra.values()):
+            act(part)
+
+
+def _positions(side: Side) -> Tensor:
+    assert side.positions is not None
+    return side.positions
+
+
+def _last(where: Tensor, ring: bool, slots: int) -> Tensor:
+    """Slots (B,T) where only the last occupant of each ring slot stays; the others go to the spare slot."""
+    if not ring or where.shape[1] <= 1:
+        return where
+    later = torch.ones(where.shape[1], where.shape[1], dtype=torch.bool, device=where.device).triu(1)
+    superseded = ((where[:, :, None] == where[:, None, :]) & later).any(-1)
+    return torch.where(superseded, slots, where)

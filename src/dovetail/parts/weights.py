@@ -1,0 +1,99 @@
+"""Linear maps and lookups with their start stated beside them, and the one place that draws random starts.
+
+Every module that owns weights has `initialise(rng)`; `rng(name)` is a generator seeded by (seed, module
+path, name), so that swapping one part leaves every other parameter's start unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dovetail.spec import Slot
+
+Rng = Callable[[str], torch.Generator]
+
+
+class InitScheme(Protocol):
+    """What category "init" offers: see parts/init.py."""
+
+    def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None: ...
+
+    def multiplier(self, role: str, fan_in: int, fan_out: int) -> float: ...
+
+
+class Linear(nn.Linear):
+    """y = x Wᵀ + b, W (dim_out, dim_in).
+
+    role says what the init scheme goes by: "query", "key", "value", "in" (other readers of the stream),
+    "residual" (writes back to it), "head" (to logits). parts: (role, width) of maps fused along dim_out,
+    initialised as if they were apart.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        *,
+        slot: Slot,
+        bias: bool = False,
+        role: str = "in",
+        parts: Sequence[tuple[str, int]] | None = None,
+    ):
+        super().__init__(dim_in, dim_out, bias=bias)
+        self.slot, self.parts = slot, tuple(parts or ((role, dim_out),))
+        first, width = self.parts[0]
+        self.multiplier = 1.0 if slot.init is None else slot.init.multiplier(first, dim_in, width)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` draws the start once the model stands."""
+
+    def initialise(self, rng: Rng) -> None:
+        generator = rng("weight")
+        for (role, width), piece in zip(self.parts, self.weight.split([w for _, w in self.parts]), strict=True):
+            self.slot.init.draw(piece, role, self.in_features, width, self.slot, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.multiplier == 1.0 else y * self.multiplier
+
+
+class Lookup(nn.Embedding):
+    """Rows by number: W (count, dim)."""
+
+    def __init__(self, count: int, dim: int, *, slot: Slot, role: str = "embedding"):
+        super().__init__(count, dim)
+        self.slot, self.role = slot, role
+
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` draws the start once the model stands."""
+
+    def initialise(self, rng: Rng) -> None:
+        self.slot.init.draw(self.weight, self.role, self.num_embeddings, self.embedding_dim, self.slot, rng("weight"))
+
+
+def initialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:
+    """Draws every owned parameter's start. Raises TypeError for a module whose parameters nobody initialises."""
+    done: set[int] = set()
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            own = [p for p in module.parameters(recurse=False) if id(p) not in done]
+            if not own:
+                continue
+            if not hasattr(module, "initialise"):
+                raise TypeError(f"{type(module).__name__} at {path!r} owns parameters and has no initialise(rng)")
+            module.initialise(lambda name, path=path: generator(seed, f"{path}.{name}", device))  # type: ignore[operator]
+            done.update(map(id, own))
+
+
+def generator(seed: int, path: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the seed and the name alone."""
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,20 @@
+"""The categories of parts, one alias each: `mixer: MixerPart = Attention()` in a spec."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from dovetail.spec.spec import Part, Spec
+
+MixerPart = Annotated[Spec, Part("mixer")]  # moves information along the sequence
+FeedForwardPart = Annotated[Spec, Part("feedforward")]  # acts on each position alone
+BlockPart = Annotated[Spec, Part("block")]  # mixer, feed-forward, norms and residuals
+PositionPart = Annotated[Spec, Part("position")]  # where position enters
+RopeScalingPart = Annotated[Spec, Part("rope_scaling")]  # how RoPE's frequencies stretch
+MaskPart = Annotated[Spec, Part("mask")]  # who may see whom, over `order`
+NormPart = Annotated[Spec, Part("norm")]
+ActivationPart = Annotated[Spec, Part("activation")]
+EmbeddingPart = Annotated[Spec, Part("embedding")]  # ids to vectors (and back, when tied)
+HeadPart = Annotated[Spec, Part("head")]  # hidden states to logits
+InitPart = Annotated[Spec, Part("init")]  # how weights start
+ContainerPart = Annotated[Spec, Part("container")]  # blocks in an arrangement
