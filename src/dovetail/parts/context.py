@@ -19,8 +19,9 @@ from dovetail.parts.mask import Document, Mask
 class Context:
     """B batch (or 1 where all rows agree), T tokens, A position axes (1 text, 2 images, 3 M-RoPE).
 
-    positions (B,T,A): what encodings read. order (B,T): what masks compare. segments (B,T): documents
-    of a packed row, negative for padding, or None. memory (B,S,C), memory_segments (B,S): encoder output.
+    positions (B,T,A): what encodings read. order (B,T): what masks compare; it restarts with each document, so
+    that a packed document sees what it would see alone. segments (B,T): documents of a packed row, negative for
+    padding, or None. memory (B,S,C), memory_segments (B,S): encoder output.
     cond: named conditioning tensors (time, class, text). grid: height and width of a flattened image.
     aligned: a static promise that order is 0..T-1 in every row and nothing is padded or packed.
     memo: tables and masks computed once a forward and shared by the layers; never part of the pytree.
@@ -59,15 +60,18 @@ class Context:
                 raise DataError(f"{name} has shape {tuple(given.shape)}", remedy=f"give {(batch, length)}")
         plain = attention_mask is None and segments is None
         begins = isinstance(start, int) and start == 0
-        if attention_mask is not None:
+        if segments is not None:
+            if attention_mask is not None:
+                segments = torch.where(attention_mask.to(torch.bool), segments, -1)
+            order = _within(segments)
+        elif attention_mask is not None:
             real = attention_mask.to(torch.bool)
-            segments = torch.where(real, segments if segments is not None else 0, -1)
+            segments = torch.where(real, 0, -1)
             order = (real.long().cumsum(-1) - 1).clamp_min(0)
         else:
             order = torch.arange(length, device=device)[None]
         order = order + (start if isinstance(start, int) else start.view(-1, 1))
-        if positions is None:
-            positions = order if segments is None or not begins else _within(segments, order)
+        positions = order if positions is None else positions
         if positions.dim() == 2:
             positions = positions[..., None]
         return Context(positions, order, segments, aligned=plain and begins)
@@ -104,13 +108,14 @@ class Context:
         return replace(self, memory=memory, memory_segments=segments, memo={})
 
 
-def _within(segments: Tensor, order: Tensor) -> Tensor:
-    """Positions that restart where the segment changes: (B,T). Padding keeps the running count's zero."""
-    index = torch.arange(segments.shape[1], device=segments.device)[None].expand_as(segments)
-    first = torch.ones_like(segments, dtype=torch.bool)
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = torch.where(first, index, 0).cummax(-1).values
-    return torch.where(segments >= 0, index - starts, 0)
+def _within(segments: Tensor) -> Tensor:
+    """Real tokens of the same document before each token, (B,T); 0 for padding. A document is a run of one number."""
+    real = segments >= 0
+    seen = real.long().cumsum(-1)  # 1 at a row's first real token
+    last = torch.where(real, seen, 0).cummax(-1)
+    previous = segments.gather(-1, last.indices.roll(1, -1))  # number of the real token before, if there is one
+    first = real & ((seen == 1) | (segments != previous))
+    return torch.where(real, seen - torch.where(first, seen, 0).cummax(-1).values, 0)
 
 
 _TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "cond")

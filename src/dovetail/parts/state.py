@@ -214,6 +214,10 @@ class VectorState:
         return self.tensors[name]
 
     def update(self, **tensors: Tensor) -> None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
+            raise RunError(
+                "a decoding state was given tensors that need gradients", remedy="decode under torch.no_grad()"
+            )
         for name, value in tensors.items():
             self.tensors[name].copy_(value)
 

@@ -118,7 +118,7 @@ class _Nested(ValueError):
 def validate(cls: type[Any], fields: dict[str, Any], where: str = "") -> Any:
     """`cls(**fields)` with pydantic's complaints turned into one SpecError for people."""
     try:
-        return cls.model_validate(fields)
+        return cls.model_validate({name: _frozen(value) for name, value in fields.items()})
     except ValidationError as failure:
         first = failure.errors()[0]
         place = ".".join(str(p) for p in (*([where] if where else []), *first["loc"]))
@@ -138,6 +138,11 @@ def validate(cls: type[Any], fields: dict[str, Any], where: str = "") -> Any:
         got = "" if inner else f" (got {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
         raise SpecError(f"{name}: {message}{got}", where=place) from None
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, which is all that YAML and JSON have, as the tuples that specs hold."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def part_category(annotation: Any, metadata: Any = ()) -> str | None:

@@ -55,14 +55,19 @@ class Attention(Spec):
     def build(self, slot: Slot) -> nn.Module:
         return AttentionModule(self, slot)
 
+    def sizes(self, dim: int) -> tuple[int, int, int, int]:
+        """(heads, key/value heads, head width, value width) at a model width of `dim`."""
+        heads = self.heads or max(1, dim // 64)
+        width = self.head_dim or dim // heads
+        return heads, self.kv_heads or heads, width, self.value_dim or width
+
 
 class AttentionModule(nn.Module):
     offers: ClassVar[frozenset[str]] = frozenset({"embed_qk", "rotate", "score", "regions"})
 
     def __init__(self, spec: Attention, slot: Slot):
         super().__init__()
-        H = spec.heads or max(1, slot.dim // 64)
-        G = spec.kv_heads or H
+        H, G, D, Dv = spec.sizes(slot.dim)
         if H % G:
             raise BuildError(
                 f"{H} heads cannot share {G} key/value heads", where=slot.path, remedy="kv_heads must divide heads"
@@ -73,8 +78,6 @@ class AttentionModule(nn.Module):
                 where=slot.path,
                 remedy="give head_dim, or another number of heads",
             )
-        D = spec.head_dim or slot.dim // H
-        Dv = spec.value_dim or D
         self.heads, self.kv_heads, self.head_dim, self.value_dim = H, G, D, Dv
         self.path, self.cross = slot.path, slot.memory_dim is not None
         self.dropout, self.scale, self.cap = spec.dropout, spec.scale, spec.cap

@@ -27,11 +27,15 @@ class Glu(Spec):
     def build(self, slot: Slot) -> nn.Module:
         return GluModule(self, slot)
 
+    def width(self, dim: int) -> int:
+        """The hidden width at a model width of `dim`."""
+        return self.hidden or -(-8 * dim // 3 // 8) * 8
+
 
 class GluModule(nn.Module):
     def __init__(self, spec: Glu, slot: Slot):
         super().__init__()
-        hidden = spec.hidden or -(-8 * slot.dim // 3 // 8) * 8
+        hidden = spec.width(slot.dim)
         self.gate_up = Linear(slot.dim, 2 * hidden, slot=slot, bias=spec.bias, parts=[("in", hidden), ("in", hidden)])
         self.activation = slot.build(spec.activation, "activation", dim=hidden)
         self.dropout = nn.Dropout(spec.dropout)

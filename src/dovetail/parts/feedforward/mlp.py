@@ -22,11 +22,15 @@ class Mlp(Spec):
     def build(self, slot: Slot) -> nn.Module:
         return MlpModule(self, slot)
 
+    def width(self, dim: int) -> int:
+        """The hidden width at a model width of `dim`."""
+        return self.hidden or 4 * dim
+
 
 class MlpModule(nn.Module):
     def __init__(self, spec: Mlp, slot: Slot):
         super().__init__()
-        hidden = spec.hidden or 4 * slot.dim
+        hidden = spec.width(slot.dim)
         self.up = Linear(slot.dim, hidden, slot=slot, bias=spec.bias)
         self.activation = slot.build(spec.activation, "activation", dim=hidden)
         self.dropout = nn.Dropout(spec.dropout)

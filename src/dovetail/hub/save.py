@@ -1,0 +1,97 @@
+"""From a model to a directory: the layout it came in, byte for byte, or Dovetail's own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from dovetail.errors import CheckpointError, ConfigError
+from dovetail.hub import files
+from dovetail.hub.load import NATIVE, Origin
+from dovetail.models.config import ConfigReader
+from dovetail.models.family import FAMILIES, Family
+from dovetail.models.keymap import Carried
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+def save(
+    model: Any, path: str | Path, *, format: Literal["hf", "dovetail"] = "hf", tokenizer_from: str | Path | None = None
+) -> Path:
+    """Writes config, weights and the tokenizer's files atomically; returns the directory.
+
+    format "hf": the layout that the model was loaded from (or the published layout that fits its spec); refused
+    with ConfigError where that layout cannot say the spec. "dovetail": the spec itself and our own names; always
+    possible. tokenizer_from: directory whose tokenizer goes along (the one it was loaded from unless given).
+    """
+    target = Path(path)
+    origin: Origin | None = getattr(model, "origin", None)
+    ours = {name: parameter.data for name, parameter in model.named_parameters()}
+    if format == "dovetail":
+        config: dict[str, Any] = {"dovetail": 1, "spec": model.spec.to_dict()}
+        name, tensors = NATIVE, ours
+    elif format == "hf":
+        entry = _family(model, origin)
+        known = origin is not None and origin.family == entry.name
+        config = entry.write(model.spec, origin.config if known and origin else {})
+        carried = origin.carried if known and origin else Carried()
+        name = entry.file
+        tensors = entry.keymap(model.spec, carried.dtypes, config).save(ours, carried)
+        again = entry.read(
+            ConfigReader(config, "the config to be saved", shapes={k: tuple(t.shape) for k, t in tensors.items()})
+        )
+        if _behaviour(again) != _behaviour(model.spec):
+            raise ConfigError(
+                f"the {entry.name} layout would read back as another model",
+                where=str(target),
+                remedy='save it with format="dovetail", which can say everything',
+            )
+    else:
+        raise ConfigError(f"no format {format!r}", remedy='use "hf" or "dovetail"')
+    source = Path(tokenizer_from) if tokenizer_from else origin.folder if origin else None
+    with files.atomic_folder(target) as scratch:
+        files.write_weights(scratch, tensors, origin.placed if origin else None)
+        files.write_json(scratch / name, config)
+        for companion in COMPANIONS:
+            if source is not None and (source / companion).exists():
+                shutil.copyfile(source / companion, scratch / companion)
+    return target
+
+
+def _family(model: Any, origin: Origin | None) -> Family:
+    if origin is not None and origin.family is not None:
+        return FAMILIES[origin.family]
+    tried = []
+    for entry in FAMILIES.values():
+        try:
+            entry.write(model.spec, {})
+        except ConfigError as error:
+            tried.append(f"{entry.name}: {error.what}")
+        else:
+            return entry
+    raise CheckpointError(
+        "no published layout can say this model (" + "; ".join(tried) + ")", remedy='save it with format="dovetail"'
+    )
+
+
+def _behaviour(spec: Any) -> dict[str, Any]:
+    """The spec as data with every size written out, less what a forward pass does not depend on."""
+    from dovetail.models.resolve import resolved
+
+    data = resolved(spec).to_dict()
+    data.pop("init", None)
+    return data

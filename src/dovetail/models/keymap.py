@@ -1,0 +1,234 @@
+"""KeyMap: weights both ways. One list of invertible rules; loading and saving run it in two directions.
+
+"Stored" names are those of a checkpoint's files, "ours" those of the module tree.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One stored tensor is one of ours."""
+
+    stored: str
+    ours: str
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return parts
+
+    def save(self, parts: list[Tensor]) -> list[Tensor]:
+        return parts
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(stored names, our names)."""
+        return (self.stored,), (self.ours,)
+
+
+@dataclass(frozen=True)
+class Transpose(Rename):
+    """Stored transposed: (in, out) instead of (out, in), as GPT-2's Conv1D."""
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0].t()]
+
+    save = load
+
+
+@dataclass(frozen=True)
+class Reshape(Rename):
+    """The same entries under another shape."""
+
+    stored_shape: tuple[int, ...] = ()
+    our_shape: tuple[int, ...] = ()
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0].reshape(self.our_shape)]
+
+    def save(self, parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0].reshape(self.stored_shape)]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Several stored tensors, one after another along `dim`, are one of ours. sizes: their lengths."""
+
+    stored: tuple[str, ...]
+    ours: str
+    sizes: tuple[int, ...]
+    dim: int = 0
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(parts, self.dim)]
+
+    def save(self, parts: list[Tensor]) -> list[Tensor]:
+        return list(parts[0].split(self.sizes, self.dim))
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.stored, (self.ours,)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One stored tensor is several of ours, along `dim`."""
+
+    stored: str
+    ours: tuple[str, ...]
+    sizes: tuple[int, ...]
+    dim: int = 0
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return list(parts[0].split(self.sizes, self.dim))
+
+    def save(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(parts, self.dim)]
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.stored,), self.ours
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Several stored tensors of one shape are the entries of a new axis of ours (experts)."""
+
+    stored: tuple[str, ...]
+    ours: str
+    dim: int = 0
+
+    def load(self, parts: list[Tensor]) -> list[Tensor]:
+        return [torch.stack(parts, self.dim)]
+
+    def save(self, parts: list[Tensor]) -> list[Tensor]:
+        return list(parts[0].unbind(self.dim))
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.stored, (self.ours,)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A second stored name of a tensor that another rule loads (a tied head). Written again if it was there."""
+
+    stored: str
+    of: str
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Stored but not used (old rotary tables): carried along and written back as it was."""
+
+    pattern: str
+
+
+Moving = Rename | Concat | Split | Stack
+Rule = Moving | Alias | Keep
+
+
+@dataclass
+class Carried:
+    """What a load must remember for a faithful save: dtypes, extra tensors, aliases that were there, order."""
+
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
+class KeyMap:
+    """An ordered list of rules. Names that no rule knows are errors, in both directions."""
+
+    def __init__(self, rules: Sequence[Rule]):
+        self.moving: list[Moving] = [r for r in rules if not isinstance(r, (Alias, Keep))]
+        self.aliases = [r for r in rules if isinstance(r, Alias)]
+        self.keeps = [r for r in rules if isinstance(r, Keep)]
+
+    def stored_names(self) -> set[str]:
+        """Every stored name that must be there."""
+        return {name for rule in self.moving for name in rule.names[0]}
+
+    def load(self, stored: Mapping[str, Tensor], where: str = "the checkpoint") -> tuple[dict[str, Tensor], Carried]:
+        """Our tensors, and what to remember. Raises CheckpointError for missing, left-over or contradicting tensors."""
+        needed = self.stored_names()
+        missing = sorted(needed - stored.keys())
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} tensor{'s are' if len(missing) > 1 else ' is'} missing: {_some(missing)}",
+                where=where,
+                remedy="the config may describe another model than the weights; check num_hidden_layers, biases and ties",
+            )
+        carried = Carried(dtypes={name: tensor.dtype for name, tensor in stored.items()})
+        left = [name for name in stored if name not in needed]
+        for alias in self.aliases:
+            if alias.stored in left:
+                left.remove(alias.stored)
+                if not torch.equal(stored[alias.stored], stored[alias.of]):
+                    raise CheckpointError(
+                        f"{alias.stored} is tied to {alias.of} by the config, but the stored tensors differ",
+                        where=where,
+                        remedy='set "tie_word_embeddings": false in config.json if the head is its own',
+                    )
+                carried.aliases += (alias.stored,)
+        for name in list(left):
+            if any(fnmatch.fnmatchcase(name, keep.pattern) for keep in self.keeps):
+                left.remove(name)
+                carried.kept[name] = stored[name]
+        if left:
+            raise CheckpointError(
+                f"{len(left)} tensor{'s are' if len(left) > 1 else ' is'} left over: {_some(sorted(left))}",
+                where=where,
+                remedy="the config may describe another model than the weights; nothing is ignored silently",
+            )
+        ours: dict[str, Tensor] = {}
+        for rule in self.moving:
+            names, targets = rule.names
+            try:
+                parts = rule.load([stored[name] for name in names])
+            except RuntimeError as error:
+                shapes = {name: tuple(stored[name].shape) for name in names}
+                raise CheckpointError(
+                    f"tensors do not fit together: {shapes}", where=where, remedy=str(error)
+                ) from None
+            ours.update(zip(targets, parts, strict=True))
+        return ours, carried
+
+    def save(self, ours: Mapping[str, Tensor], carried: Carried | None = None) -> dict[str, Tensor]:
+        """The stored tensors again: same names, dtypes and ties. Raises CheckpointError for a tensor no rule takes."""
+        carried = carried or Carried()
+        out: dict[str, Tensor] = {}
+        taken: set[str] = set()
+        for rule in self.moving:
+            names, targets = rule.names
+            absent = [t for t in targets if t not in ours]
+            if absent:
+                raise CheckpointError(f"the model has no {_some(absent)}, which the layout stores as {names[0]}")
+            parts = rule.save([ours[t] for t in targets])
+            out.update(
+                (n, p.to(carried.dtypes.get(n, p.dtype)).contiguous()) for n, p in zip(names, parts, strict=True)
+            )
+            taken.update(targets)
+        left = sorted(ours.keys() - taken)
+        if left:
+            raise CheckpointError(
+                f"this layout has no place for {_some(left)}",
+                remedy='save it with format="dovetail", which can say everything',
+            )
+        for alias in self.aliases:
+            if alias.stored in carried.aliases:
+                out[alias.stored] = out[alias.of].clone()
+        return out | carried.kept
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
