@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +23,7 @@ from dovetail.errors import CheckpointError, RunError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+CONFIGS = ("config.json", "params.json", "dovetail.json")
 SHARD_BYTES = 5 * 10**9
 
 
@@ -64,10 +68,23 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
+                unknown = sorted(keys - set(keys if wanted is None else wanted))
+                if unknown:
+                    raise CheckpointError(
+                        f"{name} holds {unknown[0]!r}, which the index does not know",
+                        where=str(folder),
+                        remedy="the index belongs to other files: download or save them again",
+                    )
                 for key in sorted(keys) if wanted is None else wanted:
                     if key not in keys:
                         raise CheckpointError(
                             f"{name} does not hold {key!r}, which the index places there", where=str(folder)
+                        )
+                    if key in tensors:
+                        raise CheckpointError(
+                            f"{key!r} is stored twice, in {placed[key]} and in {name}",
+                            where=str(folder),
+                            remedy="leave one set of weight files in the folder, or an index that chooses",
                         )
                     tensors[key] = file.get_tensor(key)
                     placed[key] = name
@@ -96,7 +113,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], placed: Mapping[s
         save_file(
             {key: tensors[key].detach().contiguous().cpu() for key in keys}, folder / name, metadata={"format": "pt"}
         )
-    if len(groups) > 1 or SINGLE not in groups:
+    if len(groups) > 1:
         total = sum(t.nbytes for t in tensors.values())
         weight_map = {key: name for name, keys in groups.items() for key in keys}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
@@ -123,33 +140,71 @@ def _groups(tensors: Mapping[str, Tensor], placed: Mapping[str, str]) -> dict[st
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into `target` only once all are written and synced.
+    """A scratch folder that takes `target`'s place in one step, once all its files are written and synced.
 
-    A kill or a full disk before that leaves `target` as it was. Raises RunError for a full disk.
+    A kill or a full disk before that leaves `target` as it was. Weights and configs of an older save go; whatever
+    else lay in `target` (logs, notes) stays. Raises RunError when the disk gives out.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise RunError(
+            f"could not save: {error.strerror or error}", where=str(target), remedy="choose a place that can be written"
+        ) from error
     try:
         yield scratch
         for path in scratch.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if not target.exists():
-            scratch.rename(target)
+            _sync(path)
+        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
+        if target.exists():
+            _exchange(scratch, target)
+            for path in scratch.iterdir():  # now what was in the target before
+                if not _replaced(path.name) and not (target / path.name).exists():
+                    path.rename(target / path.name)
         else:
-            for path in sorted(scratch.iterdir(), key=lambda p: p.suffix == ".json"):  # weights first, configs last
-                os.replace(path, target / path.name)
-    except OSError as error:
+            scratch.rename(target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"could not save: {error.strerror or error}",
+            f"could not save: {getattr(error, 'strerror', None) or error}",
             where=str(target),
             remedy="free some space; what was there before is intact",
         ) from error
     finally:
-        if scratch.exists():
-            for path in scratch.iterdir():
-                path.unlink()
-            scratch.rmdir()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replaced(name: str) -> bool:
+    """Is this a file that a save writes, so that an older one of its kind must not stay?"""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name in CONFIGS
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swaps two directories: in one step where the system can (Linux), else in three renames."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return
+    aside = a.with_name(f"{a.name}.old")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_json(path: Path) -> dict[str, Any]:

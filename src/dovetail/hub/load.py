@@ -96,11 +96,15 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
                 where=where,
                 remedy="the config describes another model than the weights",
             )
+        if not tensors[name].is_floating_point() or tensors[name].element_size() < 2:
+            raise CheckpointError(
+                f"{name} is stored as {str(tensors[name].dtype).removeprefix('torch.')}, which is not computed in",
+                where=where,
+                remedy="use an unquantised checkpoint of this model",
+            )
     for name, parameter in wanted.items():
         owner, _, leaf = name.rpartition(".")
-        value = tensors[name]
-        floating = value.is_floating_point()
-        fresh = nn.Parameter(value, requires_grad=parameter.requires_grad and floating)
+        fresh = nn.Parameter(tensors[name], requires_grad=parameter.requires_grad)
         setattr(model.get_submodule(owner), leaf, fresh)
     for module in model.modules():  # tables live outside the state dict: make them real too
         module._apply(lambda t: t if t.device.type != "meta" else torch.empty_like(t, device="cpu"), recurse=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.hub import files
@@ -51,6 +54,7 @@ def save(
         carried = origin.carried if known and origin else Carried()
         name = entry.file
         tensors = entry.keymap(model.spec, carried.dtypes, config).save(ours, carried)
+        config = _with_dtype(config, tensors, carried)
         again = entry.read(
             ConfigReader(config, "the config to be saved", shapes={k: tuple(t.shape) for k, t in tensors.items()})
         )
@@ -70,6 +74,18 @@ def save(
             if source is not None and (source / companion).exists():
                 shutil.copyfile(source / companion, scratch / companion)
     return target
+
+
+def _with_dtype(config: dict[str, Any], tensors: dict[str, Tensor], carried: Carried) -> dict[str, Any]:
+    """The config saying the dtype of most weights, where it says one and the model was cast since it was loaded."""
+    now = Counter({t.dtype: 0 for t in tensors.values()})
+    for tensor in tensors.values():
+        now[tensor.dtype] += tensor.numel()
+    unchanged = all(carried.dtypes.get(n) == t.dtype for n, t in tensors.items())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if unchanged or key not in config:
+        return config
+    return config | {key: str(now.most_common(1)[0][0]).removeprefix("torch.")}
 
 
 def _family(model: Any, origin: Origin | None) -> Family:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from dovetail.errors import CheckpointError, UserError
 from dovetail.hub import files
+from dovetail.hub.chat import render
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -28,8 +27,11 @@ class Tokenizer:
         pad: str | None = None,
         template: str | None = None,
         extra_eos: Sequence[int] = (),
+        special: Mapping[str, str] | None = None,
     ):
         self.fast = fast
+        named_here = {"bos_token": bos, "eos_token": eos[0] if eos else None, "pad_token": pad}
+        self.special = {**(special or {}), **{k: v for k, v in named_here.items() if v is not None}}
         self.bos, self.eos, self.pad, self.template = bos, tuple(eos), pad, template
         self.bos_id = None if bos is None else fast.token_to_id(bos)
         self.pad_id = None if pad is None else fast.token_to_id(pad)
@@ -54,26 +56,7 @@ class Tokenizer:
         """
         if self.template is None:
             raise UserError("this tokenizer has no chat template", remedy="prompt it with plain text")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment.globals["raise_exception"] = refuse
-        special = {
-            "bos_token": self.bos or "",
-            "eos_token": self.eos[0] if self.eos else "",
-            "pad_token": self.pad or "",
-        }
-        try:
-            return environment.from_string(self.template).render(
-                messages=list(messages), add_generation_prompt=generate, **special, **variables
-            )
-        except (TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"the chat template failed: {error}", remedy="check the messages' roles and contents"
-            ) from None
+        return render(self.template, messages, generate, self.special | variables)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -114,6 +97,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         pad=named("pad_token"),
         template=_template(folder, config),
         extra_eos=ids,
+        special={role: token for role in SPECIAL if (token := named(role)) is not None},
     )
 
 

@@ -9,7 +9,7 @@ from dovetail.errors import ConfigError, did_you_mean
 
 # Keys that any transformers config may carry and that do not change what a forward pass computes. They are
 # kept as they are for saving.
-INERT = frozenset(
+_INERT = (
     "architectures auto_map torch_dtype dtype transformers_version use_cache return_dict output_hidden_states "
     "output_attentions output_past torchscript use_bfloat16 pruned_heads is_decoder is_encoder_decoder "
     "chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task task_specific_params "
@@ -21,8 +21,9 @@ INERT = frozenset(
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "pretraining_tp max_pos_len attn_implementation model_max_length "
     "summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type "
-    "summary_use_proj initializer_range init_std initializer_factor unsloth_version unsloth_fixed".split()
+    "summary_use_proj initializer_range init_std initializer_factor unsloth_version unsloth_fixed"
 )
+INERT = frozenset(_INERT.split())
 
 _MISSING: Any = object()
 
@@ -56,13 +57,15 @@ class ConfigReader:
             raise ConfigError(f"config key {key!r} is {value!r}, which is not {_names(kind)}", where=self.where)
         return value
 
-    def int(self, key: str, default: Any = _MISSING) -> int:
+    def int(self, key: str, default: Any = _MISSING) -> Any:
+        """A whole number of at least 1, or the default."""
         value = self.take(key, default, int)
         if value is not None and value is not default and value < 1:
             raise ConfigError(f"config key {key!r} is {value}", where=self.where, remedy="it must be at least 1")
         return value
 
-    def float(self, key: str, default: Any = _MISSING) -> float:
+    def float(self, key: str, default: Any = _MISSING) -> Any:
+        """A number as a float, or the default."""
         value = self.take(key, default, (int, float))
         return value if value is None else float(value)
 
@@ -74,9 +77,12 @@ class ConfigReader:
         self.used.update(keys)
 
     def only(self, key: str, allowed: Iterable[Any], why: str) -> Any:
-        """Takes a key of which only some values are supported; an absent key counts as the first of them."""
+        """Takes a key of which only some values are supported; an absent key counts as the first of them.
+
+        A key that the caller allowed to be ignored counts as absent.
+        """
         values = list(allowed)
-        value = self.take(key, values[0])
+        value = values[0] if key in self.allow else self.take(key, values[0])
         if value not in values:
             raise ConfigError(
                 f"config key {key!r} is {value!r}: {why}", where=self.where, remedy=f"supported: {values}"

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dovetail.errors import DataError, RunError
+from dovetail.errors import BuildError, DataError, RunError
 from dovetail.parts.containers import Stack, StackModule
 from dovetail.parts.context import Context
 from dovetail.parts.embedding import LinearHead, TokenEmbedding
 from dovetail.parts.init import Normal
 from dovetail.parts.outputs import Outputs
+from dovetail.parts.position.base import position_axes
 from dovetail.parts.state import Room, State
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import EmbeddingPart, HeadPart, InitPart
@@ -45,7 +46,13 @@ class DecoderModule(StackModule):
         embedding = slot.build(spec.embedding, "embedding", dim_out=spec.vocab)
         super().__init__(spec, slot)
         self.embedding = embedding
-        self.head_part = slot.build(spec.head, "head", dim_out=spec.vocab)
+        if spec.streams > 1 and spec.head.kind == "ref":
+            raise BuildError(
+                f"a tied head for hidden states of {spec.streams} streams",
+                where="head",
+                remedy="give it a head of its own: {kind: linear}",
+            )
+        self.head_part = slot.build(spec.head, "head", dim=spec.streams * spec.dim, dim_out=spec.vocab)
 
     def forward(  # type: ignore[override]
         self,
@@ -67,8 +74,10 @@ class DecoderModule(StackModule):
             raise DataError(f"tokens have shape {tuple(tokens.shape)}", remedy="give (batch, length)")
         if state is not None and segments is not None:
             raise RunError("packed documents cannot share a decoding state", remedy="decode them as rows of a batch")
+        batch, length = tokens.shape
         ctx = Context.of(
-            *tokens.shape,
+            batch,
+            length,
             tokens.device,
             attention_mask=attention_mask,
             positions=positions,
@@ -88,5 +97,5 @@ class DecoderModule(StackModule):
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> State:
         """An empty memory for `batch` rows of at most `capacity` tokens each."""
         weight: Any = next(self.parameters())
-        room = Room(batch, capacity, weight.device, dtype or weight.dtype)
+        room = Room(batch, capacity, weight.device, dtype or weight.dtype, position_axes(self))
         return State(self.new_layers(room), room)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dovetail.errors import ConfigError, did_you_mean
 from dovetail.models.config import ConfigReader
 from dovetail.models.keymap import KeyMap
-from dovetail.spec import Spec
+from dovetail.models.resolve import resolved
+from dovetail.spec import Spec, diff
+
+P = TypeVar("P", bound=Spec)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ def find(config: dict[str, Any], where: str) -> Family:
     for entry in FAMILIES.values():
         if entry.recognise(config):
             return entry
+    says = config.get("architectures")
     raise ConfigError(
-        "the config has no model_type, and its keys are not those of a known layout",
+        "the config has no model_type, and its keys are not those of a known layout"
+        + (f" (architectures: {says})" if says else ""),
         where=where,
         remedy=f'add "model_type": one of {", ".join(sorted(t for e in FAMILIES.values() for t in e.model_types))}',
     )
@@ -69,12 +74,32 @@ def cannot_say(layout: str, what: str, where: str) -> ConfigError:
     )
 
 
+def expect(part: Any, cls: type[P], layout: str, where: str) -> P:
+    """`part` if it is a `cls`, the one sort that a layout knows here. Raises ConfigError otherwise."""
+    if not isinstance(part, cls):
+        raise cannot_say(layout, f"{getattr(part, 'category', 'part')} {getattr(part, 'kind', part)!r}", where)
+    return part
+
+
+def faithful(
+    layout: str,
+    read: Callable[[ConfigReader], Spec],
+    config: dict[str, Any],
+    spec: Spec,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+) -> dict[str, Any]:
+    """`config`, if it reads back as `spec` (its init aside). Raises ConfigError naming the first thing lost."""
+    again = read(ConfigReader(config, "the config to be saved", shapes=shapes))
+    lost = [row for row in diff(resolved(again), resolved(spec)) if row[0].split(".")[0] != "init"]
+    if lost:
+        path, _, wanted = lost[0]
+        raise cannot_say(layout, f"{path} = {wanted}", path)
+    return config
+
+
 def updated(config: dict[str, Any], semantic: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The config as it was read with the keys whose meaning changed; keys that say the default may stay absent."""
-    out = dict(config)
-    for key, value in semantic.items():
-        if key in out or value != defaults.get(key):
-            if key in out and out[key] is None and value == defaults.get(key):
-                continue
-            out[key] = value
-    return out
+    unsaid = {
+        key for key, value in semantic.items() if config.get(key) is None and key in defaults and value == defaults[key]
+    }
+    return config | {key: value for key, value in semantic.items() if key not in unsaid}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ class Transpose(Rename):
     """Stored transposed: (in, out) instead of (out, in), as GPT-2's Conv1D."""
 
     def load(self, parts: list[Tensor]) -> list[Tensor]:
-        return [parts[0].t()]
+        return [parts[0].t().contiguous()]
 
     save = load
 
@@ -145,6 +146,13 @@ class Carried:
     aliases: tuple[str, ...] = ()
 
 
+def shared(names: Sequence[str], ours: str, stored: Iterable[str]) -> list[Rule]:
+    """One tensor of ours under several stored names: the first that is stored owns it, the others are aliases."""
+    there = set(stored)
+    owner = next((name for name in names if name in there), names[0])
+    return [Rename(owner, ours), *(Alias(name, owner) for name in names if name != owner)]
+
+
 class KeyMap:
     """An ordered list of rules. Names that no rule knows are errors, in both directions."""
 
@@ -203,7 +211,10 @@ class KeyMap:
         return ours, carried
 
     def save(self, ours: Mapping[str, Tensor], carried: Carried | None = None) -> dict[str, Tensor]:
-        """The stored tensors again: same names, dtypes and ties. Raises CheckpointError for a tensor no rule takes."""
+        """The stored tensors again: same names, dtypes and ties (a model cast since keeps the cast).
+
+        Raises CheckpointError for a tensor no rule takes.
+        """
         carried = carried or Carried()
         out: dict[str, Tensor] = {}
         taken: set[str] = set()
@@ -213,9 +224,10 @@ class KeyMap:
             if absent:
                 raise CheckpointError(f"the model has no {_some(absent)}, which the layout stores as {names[0]}")
             parts = rule.save([ours[t] for t in targets])
-            out.update(
-                (n, p.to(carried.dtypes.get(n, p.dtype)).contiguous()) for n, p in zip(names, parts, strict=True)
-            )
+            stored = [carried.dtypes[n] for n in names if n in carried.dtypes]
+            if stored and all(ours[t].dtype == functools.reduce(torch.promote_types, stored) for t in targets):
+                parts = [p.to(carried.dtypes.get(n, p.dtype)) for n, p in zip(names, parts, strict=True)]
+            out.update((n, p.contiguous()) for n, p in zip(names, parts, strict=True))
             taken.update(targets)
         left = sorted(ours.keys() - taken)
         if left:

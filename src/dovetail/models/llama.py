@@ -13,7 +13,7 @@ from dovetail.models.activations import ACTIVATIONS, activation_name
 from dovetail.models.config import ConfigReader
 from dovetail.models.decoder import Decoder
 from dovetail.models.family import Family, cannot_say, family, updated
-from dovetail.models.keymap import Alias, Concat, Keep, KeyMap, Rename, Rule
+from dovetail.models.keymap import Concat, Keep, KeyMap, Rename, Rule, shared
 from dovetail.models.rope_config import read_rope, same_rope, write_rope
 from dovetail.parts.attention.softmax import Attention
 from dovetail.parts.block import PreNorm
@@ -26,16 +26,38 @@ from dovetail.parts.position.base import NoPosition
 from dovetail.spec import Ref, Spec
 
 _BIAS = {"qwen2": "qkv"}  # model types whose q, k, v carry a bias that no config key announces
-_DEFAULTS = {"head_dim": None, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+# What transformers assumes where a config lacks a key (null is something else: no window, as many key heads as heads).
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
+_ABSENT: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
+_DEFAULTS = {
+    "head_dim": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def _absent(config: Any, kind: str, key: str, null: Any = None) -> Any:
+    """The value of a key that is null or absent."""
+    return null if key in config else _ABSENT[kind].get(key, null)
 
 
 def read(config: ConfigReader) -> Decoder:
     kind = config.take("model_type", "llama")
     dim, heads, depth = config.int("hidden_size"), config.int("num_attention_heads"), config.int("num_hidden_layers")
-    context = config.int("max_position_embeddings", 2048)
+    context = config.int("max_position_embeddings", _ABSENT[kind]["max_position_embeddings"])
     norm = RmsNorm(eps=config.float("rms_norm_eps", 1e-6))
-    head_dim = config.int("head_dim", 128 if kind == "qwen3" else None)
-    kv_heads = config.int("num_key_value_heads", heads)
+    head_dim = config.int("head_dim", _absent(config.data, kind, "head_dim"))
+    kv_heads = config.int("num_key_value_heads", _absent(config.data, kind, "num_key_value_heads", heads))
     if head_dim is None and dim % heads:
         raise config.contradiction(f"hidden_size {dim} is not a multiple of num_attention_heads {heads}")
     if heads % kv_heads:
@@ -74,10 +96,10 @@ def read(config: ConfigReader) -> Decoder:
 
 def _windows(config: ConfigReader, kind: str, depth: int) -> list[int | None]:
     """The window of each layer, as `sliding_window` and its companions say."""
-    window = config.int("sliding_window", None)
+    window = config.int("sliding_window", _absent(config.data, kind, "sliding_window"))
     if kind == "mistral":
         return [window] * depth
-    first = config.take("max_window_layers", depth, int)
+    first = config.take("max_window_layers", _absent(config.data, kind, "max_window_layers", depth), int)
     if kind == "llama" or not config.bool("use_sliding_window", False):
         window = None
     types = config.take("layer_types", None, list)
@@ -130,9 +152,10 @@ def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
         if "rope_parameters" not in config:
             config = {k: v for k, v in config.items() if k not in ("rope_scaling",) or v is None}
         semantic |= write_rope(mixer.position, config, kind, model.context)
-    defaults = _DEFAULTS | {"num_key_value_heads": heads, "tie_word_embeddings": False, "hidden_act": "silu"}
-    defaults |= {"sliding_window": None, "rope_scaling": None, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-    if head_dim * heads == model.dim and kind != "qwen3":
+    if not config:
+        return updated({}, semantic, {})  # a new config says everything
+    defaults = _DEFAULTS | {"num_key_value_heads": heads} | {k: v for k, v in _ABSENT[kind].items() if k not in config}
+    if head_dim * heads == model.dim and "head_dim" not in _ABSENT[kind]:
         defaults["head_dim"] = head_dim
     return updated(config, semantic, defaults)
 
@@ -155,7 +178,7 @@ def _kind(mixer: Any, ff: Any) -> str:
 def _write_windows(kind: str, windows: list[int | None], config: dict[str, Any]) -> dict[str, Any]:
     sizes = {w for w in windows if w}
     before = _windows(ConfigReader(config), kind, len(windows)) if config else [None] * len(windows)
-    if windows == before:
+    if windows == before and (config or kind == "llama"):
         return {}
     if len(sizes) > 1 or kind == "llama":
         raise cannot_say(kind, f"attention windows {sorted(sizes)}", "blocks.*.mixer.mask")
@@ -210,8 +233,13 @@ def _plain(spec: Spec) -> Decoder:
 def keymap(spec: Spec, stored: Iterable[str], config: dict[str, Any]) -> KeyMap:
     model: Any = spec
     stored = set(stored)
-    prefix = "" if "embed_tokens.weight" in stored else "model."
-    rules: list[Rule] = [Rename(f"{prefix}embed_tokens.weight", "embedding.table.weight")]
+    prefix = "" if "norm.weight" in stored else "model."
+    rules: list[Rule] = []
+    if model.head.kind == "ref":
+        rules += shared([f"{prefix}embed_tokens.weight", "lm_head.weight"], "embedding.table.weight", stored)
+    else:
+        rules.append(Rename(f"{prefix}embed_tokens.weight", "embedding.table.weight"))
+        rules.append(Rename("lm_head.weight", "head_part.linear.weight"))
     for i, block in enumerate(model.blocks):
         theirs, ours, mixer = f"{prefix}layers.{i}", f"blocks.{i}", block.mixer
         heads, kv_heads, width, _ = mixer.sizes(model.dim)
@@ -233,10 +261,6 @@ def keymap(spec: Spec, stored: Iterable[str], config: dict[str, Any]) -> KeyMap:
         rules.append(Rename(f"{theirs}.input_layernorm.weight", f"{ours}.norm_mixer.weight"))
         rules.append(Rename(f"{theirs}.post_attention_layernorm.weight", f"{ours}.norm_feedforward.weight"))
     rules.append(Rename(f"{prefix}norm.weight", "norm.weight"))
-    if model.head.kind == "ref":
-        rules.append(Alias("lm_head.weight", f"{prefix}embed_tokens.weight"))
-    else:
-        rules.append(Rename("lm_head.weight", "head_part.linear.weight"))
     rules.append(Keep("*.rotary_emb.inv_freq"))
     return KeyMap(rules)
 

@@ -7,12 +7,13 @@ from typing import Any
 from dovetail.parts.attention.softmax import Attention
 from dovetail.parts.feedforward.glu import Glu
 from dovetail.parts.feedforward.mlp import Mlp
+from dovetail.parts.position.absolute import Learned
 from dovetail.parts.position.scaling import RopeScaling
 from dovetail.spec import Spec
 
 
 def resolved(spec: Any) -> Any:
-    """`spec` with the widths of attentions and feed-forwards and the lengths of rope scalings filled in."""
+    """`spec` with the widths and scales of attentions, the widths of feed-forwards and the lengths of positions."""
     dim, context = getattr(spec, "dim", None), getattr(spec, "context", None)
 
     def fill(part: Any) -> Any:
@@ -25,10 +26,13 @@ def resolved(spec: Any) -> Any:
                 changes[name] = tuple(fill(item) for item in value)
         if isinstance(part, Attention) and dim:
             changes |= dict(zip(("heads", "kv_heads", "head_dim", "value_dim"), part.sizes(dim), strict=True))
+            changes["scale"] = part.scale or changes["head_dim"] ** -0.5
         if isinstance(part, Glu | Mlp) and dim:
             changes["hidden"] = part.width(dim)
         if isinstance(part, RopeScaling) and part.needs_original:
             changes["original"] = part.original or context
+        if isinstance(part, Learned):
+            changes["length"] = part.length or context
         return part.replace(**changes) if changes else part
 
     return fill(spec)

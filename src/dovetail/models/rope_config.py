@@ -92,7 +92,7 @@ def read_rope(config: ConfigReader, context: int | None, theta: float = 10_000.0
 
 def write_rope(rope: Spec, config: dict[str, Any], layout_name: str, context: int | None) -> dict[str, Any]:
     """The keys that say this rope, in the style (4 or 5) that `config` is written in."""
-    if not isinstance(rope, Rope) or rope.layout != "half":
+    if type(rope) is not Rope or rope.layout != "half":
         raise cannot_say(layout_name, f"position {rope.kind!r}", "blocks.*.mixer.position")
     scaling: Any = rope.scaling
     data: dict[str, Any] = {"rope_type": "default"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dovetail.errors import BuildError
 from dovetail.parts.attention.softmax import Attention
 from dovetail.parts.context import Context
 from dovetail.parts.feedforward.glu import Glu
@@ -42,6 +43,12 @@ class BlockModule(nn.Module):
 
     def __init__(self, spec: Block, slot: Slot):
         super().__init__()
+        if spec.cross is not None and slot.memory_dim is None:
+            raise BuildError(
+                "a cross mixer where there is no encoder to look at",
+                where=f"{slot.path}.cross",
+                remedy="leave cross out, or put the block into an encoder-decoder's decoder",
+            )
         inner = replace(slot, memory_dim=None)
         self.mixer = inner.build(spec.mixer, "mixer")
         self.cross = None if spec.cross is None else slot.build(spec.cross, "cross")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import field_validator, model_validator
@@ -15,8 +15,9 @@ from dovetail.parts.block import PreNorm
 from dovetail.parts.context import Context
 from dovetail.parts.norm import RmsNorm
 from dovetail.parts.position.base import NoPosition, check_hooks
+from dovetail.parts.reversible import run_reversible
 from dovetail.parts.state import Room, State
-from dovetail.spec import Slot, Spec, register
+from dovetail.spec import Slot, Spec, entry_of, register
 from dovetail.spec.categories import BlockPart, NormPart, PositionPart
 from dovetail.spec.paths import fold, selected
 
@@ -29,7 +30,8 @@ class Stack(Spec):
 
     blocks: one block for all layers, or a list of {layers: "0" | "1:" | "::2" | "0:4", ...block}; kept as one
     entry a layer. position: what is added to the embedded tokens. norm_in: norm of them (BERT, BART).
-    norm: after the last block. dropout: on the embedded tokens.
+    norm: after the last block. dropout: on the embedded tokens. streams: 2 for reversible blocks, which carry two
+    copies of the stream side by side (Reformer); hidden states are then twice as wide.
     """
 
     depth: int = 2
@@ -38,6 +40,7 @@ class Stack(Spec):
     norm_in: NormPart | None = None
     norm: NormPart | None = RmsNorm()
     dropout: float = 0.0
+    streams: Literal[1, 2] = 1
 
     @model_validator(mode="before")
     @classmethod
@@ -74,10 +77,12 @@ class StackModule(nn.Module):
         check_hooks(self.position, frozenset({"embed"}), spec.position.kind, f"{slot.path}.position".lstrip("."))
         self.norm_in = None if spec.norm_in is None else slot.build(spec.norm_in, "norm_in")
         self.dropout = nn.Dropout(spec.dropout)
+        self.streams = spec.streams
         self.blocks = nn.ModuleList()
         for i, block in enumerate(spec.blocks):
+            _check_streams(block, spec.streams, slot.at(f"blocks.{i}").path)
             self.blocks.append(slot.build(block, f"blocks.{i}", layer=i, depth=spec.depth))
-        self.norm = None if spec.norm is None else slot.build(spec.norm, "norm")
+        self.norm = None if spec.norm is None else slot.build(spec.norm, "norm", dim=spec.streams * slot.dim)
         self.checkpointing = False
 
     def embed(self, x: Tensor, ctx: Context) -> Tensor:
@@ -87,7 +92,12 @@ class StackModule(nn.Module):
         return self.dropout(x)
 
     def run(self, x: Tensor, ctx: Context, layers: list[dict[str, Any]] | None = None) -> Tensor:
-        """The blocks and the last norm, (B,T,C) -> (B,T,C). layers: their states when decoding."""
+        """The blocks and the last norm, (B,T,C) -> (B,T,streams·C). layers: their states when decoding."""
+        if self.streams == 2:
+            x = torch.cat([x, x], -1)
+            if layers is None:
+                x = run_reversible(list(self.blocks), x, ctx)
+                return x if self.norm is None else self.norm(x)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, ctx, use_reentrant=False)  # type: ignore[assignment]
@@ -96,7 +106,7 @@ class StackModule(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
-        """Token vectors (B,T,C) -> hidden states (B,T,C)."""
+        """Token vectors (B,T,C) -> hidden states (B,T,streams·C)."""
         return self.run(self.embed(x, ctx), ctx, None if state is None else state.layers)
 
     def new_layers(self, room: Room) -> list[dict[str, Any]]:
@@ -109,6 +119,17 @@ class StackModule(nn.Module):
                 )
             layers.append(block.new_state(room))  # type: ignore[operator]
         return layers
+
+
+def _check_streams(block: Spec, streams: int, path: str) -> None:
+    """Raises BuildError when a block carries another number of streams than its stack."""
+    carries = 1 if block.kind == "ref" else entry_of(block).capabilities.get("streams", 1)
+    if carries != streams:
+        raise BuildError(
+            f"a {block.kind!r} block carries {carries} stream{'s' if carries > 1 else ''}, and its stack has {streams}",
+            where=path,
+            remedy=f"set the stack's streams to {carries}, or choose another block",
+        )
 
 
 def _expanded(given: Any, depth: int) -> tuple[Any, ...]:

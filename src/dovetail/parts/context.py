@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dovetail.errors import BuildError, DataError
-from dovetail.kernels.attention import BoundMask, Coords, Side
+from dovetail.kernels.attention import Both, BoundMask, Coords, Side
 from dovetail.parts.mask import Document, Mask
+
+_DOCUMENT = Document()
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Context:
 
     positions (B,T,A): what encodings read. order (B,T): what masks compare; it restarts with each document, so
     that a packed document sees what it would see alone. segments (B,T): documents of a packed row, negative for
-    padding, or None. memory (B,S,C), memory_segments (B,S): encoder output.
+    padding, or None. memory (B,S,C), memory_segments (B,S), memory_positions (B,S,A): encoder output and where its
+    tokens stand (0..S-1 unless given).
     cond: named conditioning tensors (time, class, text). grid: height and width of a flattened image.
     aligned: a static promise that order is 0..T-1 in every row and nothing is padded or packed.
-    memo: tables and masks computed once a forward and shared by the layers; never part of the pytree.
+    memo: tables and masks computed once a forward and shared by the layers; never part of the pytree. Nothing that
+        needs a gradient belongs there: activation checkpointing would not compute it again.
     """
 
     positions: Tensor
@@ -32,6 +36,7 @@ class Context:
     segments: Tensor | None = None
     memory: Tensor | None = None
     memory_segments: Tensor | None = None
+    memory_positions: Tensor | None = None
     cond: dict[str, Tensor] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     aligned: bool = False
@@ -81,11 +86,17 @@ class Context:
         return Side(self.order, self.segments, self.positions)
 
     def bind(self, rule: Mask, at: Coords | None = None) -> BoundMask:
-        """`rule` over coordinates (the tokens themselves unless given), with documents kept apart."""
+        """`rule` over coordinates (the tokens themselves unless given), with documents kept apart.
+
+        One bound mask for all layers that ask with the same rule object (see `mask.interned`) and coordinates.
+        """
         at = self.coords if at is None else at
-        if at.q.segments is not None and at.k.segments is not None:
-            rule = rule & Document()
-        return self.once((rule, id(at)), lambda: BoundMask(rule, at))
+        apart = at.q.segments is not None and at.k.segments is not None
+        return self.once(("mask", id(rule), id(at)), lambda: BoundMask(Both(rule, _DOCUMENT) if apart else rule, at))
+
+    def narrowed(self, mask: BoundMask, rule: Mask) -> BoundMask:
+        """`mask` with `rule` on top; one for all layers that ask with the same objects."""
+        return self.once(("mask", id(rule), id(mask)), lambda: BoundMask(Both(mask.rule, rule), mask.at))
 
     @property
     def coords(self) -> Coords:
@@ -104,8 +115,36 @@ class Context:
             )
         return self.memory
 
-    def with_memory(self, memory: Tensor | None, segments: Tensor | None) -> Context:
-        return replace(self, memory=memory, memory_segments=segments, memo={})
+    def with_memory(self, memory: Tensor | None, segments: Tensor | None, positions: Tensor | None = None) -> Context:
+        return replace(self, memory=memory, memory_segments=segments, memory_positions=positions, memo={})
+
+    def of_memory(self) -> Context:
+        """The context in which the memory's own tokens stand."""
+
+        def make() -> Context:
+            assert self.memory is not None
+            order = torch.arange(self.memory.shape[1], device=self.memory.device)[None]
+            positions = order[..., None] if self.memory_positions is None else self.memory_positions
+            return Context(positions, order, self.memory_segments)
+
+        return self.once("of_memory", make)
+
+    @staticmethod
+    def on_grid(height: int, width: int, device: torch.device, segments: Tensor | None = None) -> Context:
+        """The context of a flattened image: positions (1,N,2) are (row, column), N = height · width."""
+        row, column = torch.meshgrid(
+            torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+        )
+        order = torch.arange(height * width, device=device)[None]
+        positions = torch.stack([row.flatten(), column.flatten()], -1)[None]
+        return Context(positions, order, segments, grid=(height, width), aligned=segments is None)
+
+    def needs_grid(self, path: str) -> tuple[int, int]:
+        if self.grid is None:
+            raise BuildError(
+                "a part that works on images without a grid", where=path, remedy="make the context by Context.on_grid"
+            )
+        return self.grid
 
 
 def _within(segments: Tensor) -> Tensor:
@@ -118,7 +157,7 @@ def _within(segments: Tensor) -> Tensor:
     return torch.where(real, seen - torch.where(first, seen, 0).cummax(-1).values, 0)
 
 
-_TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "cond")
+_TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "memory_positions", "cond")
 
 
 def _flatten(ctx: Context) -> tuple[list[Any], Any]:

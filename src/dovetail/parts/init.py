@@ -125,7 +125,8 @@ class Orthogonal(Init):
     gain: float = 1.0
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
-        torch.nn.init.orthogonal_(weight, gain=self.gain, generator=rng)
+        wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))  # no QR in bf16
+        weight.copy_(torch.nn.init.orthogonal_(wide, gain=self.gain, generator=rng))
 
 
 @register(
@@ -135,12 +136,12 @@ class Orthogonal(Init):
     source="Raffel et al. 2020 (1/sqrt(d) folded into q)",
 )
 class T5(Init):
-    """Reading maps N(0, 1/fan_in), embeddings N(0, 1); attention has no 1/sqrt(D), so it goes into q's start."""
+    """Reading maps N(0, 1/fan_in), embeddings and head N(0, 1); attention has no 1/sqrt(D), so it goes into q's start."""
 
     factor: float = 1.0
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
-        if role == "embedding":
+        if role in ("embedding", "head"):
             std = 1.0
         elif role == "position":
             std = slot.dim**-0.5

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dovetail.kernels.attention.coords import Side
@@ -89,6 +90,36 @@ class Window(Mask):
         return self.size
 
 
+@register(
+    "mask", "beyond", oracle="formula: i - j >= size", source="Su 2023 (ReRoPE): what a window leaves", causal=True
+)
+class Beyond(Mask):
+    """i - j >= size: everything before the window of `size`."""
+
+    size: int
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        return q.order - k.order >= self.size
+
+
+@register(
+    "mask", "chunks", oracle="transformers reformer LocalSelfAttention", source="Kitaev et al. 2020, section 2 (chunks)"
+)
+class Chunks(Mask):
+    """Chunks of `size` tokens: one's own, `before` chunks before it and `after` after it."""
+
+    size: int
+    before: int = 1
+    after: int = 0
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        back = q.order // self.size - k.order // self.size
+        return (back <= self.before) & (back >= -self.after)
+
+    def span(self) -> int | None:
+        return (self.before + 1) * self.size
+
+
 @register("mask", "band", oracle="formula: -after <= i - j <= before", source="Beltagy et al. 2020, Longformer")
 class Band(Mask):
     """-after <= i - j <= before: a window that also looks ahead, for encoders."""
@@ -159,40 +190,55 @@ class Padding(Mask):
         return (k.segments >= 0) & (q.order == q.order)
 
 
+class Several(Mask):
+    """Base of the two that join rules."""
+
+    rules: tuple[MaskPart, ...] = Field(min_length=1)
+
+    def each(self) -> tuple[Mask, ...]:
+        return self.rules  # type: ignore[return-value]
+
+
 @register("mask", "and", oracle="formula: all", source="mask algebra")
-class And(Mask):
+class And(Several):
     """All of `rules`."""
 
-    rules: tuple[MaskPart, ...]
-
     def allowed(self, q: Side, k: Side) -> Tensor:
-        seen = self.rules[0].allowed(q, k)
-        for rule in self.rules[1:]:
+        first, *others = self.each()
+        seen = first.allowed(q, k)
+        for rule in others:
             seen = seen & rule.allowed(q, k)
         return seen
 
     def for_newest(self, ring: int | None) -> Mask:
         joined: Mask = Full()
-        for rule in self.rules:
+        for rule in self.each():
             joined = joined & rule.for_newest(ring)
         return joined
 
     def span(self) -> int | None:
-        spans = [s for rule in self.rules if (s := rule.span()) is not None]
+        spans = [s for rule in self.each() if (s := rule.span()) is not None]
         return min(spans) if spans else None
 
 
 @register("mask", "or", oracle="formula: any", source="mask algebra")
-class Or(Mask):
+class Or(Several):
     """Any of `rules`."""
 
-    rules: tuple[MaskPart, ...]
-
     def allowed(self, q: Side, k: Side) -> Tensor:
-        seen = self.rules[0].allowed(q, k)
-        for rule in self.rules[1:]:
+        first, *others = self.each()
+        seen = first.allowed(q, k)
+        for rule in others:
             seen = seen | rule.allowed(q, k)
         return seen
+
+
+_INTERNED: dict[str, Mask] = {}
+
+
+def interned(rule: Mask) -> Mask:
+    """The one object that stands for all equal rules, so that layers share a bound mask by identity."""
+    return _INTERNED.setdefault(str(rule.to_dict()), rule)
 
 
 def _joined(kind: Any, a: Mask, b: Mask) -> Mask:
@@ -203,7 +249,7 @@ def _joined(kind: Any, a: Mask, b: Mask) -> Mask:
         return b if a.is_full() else a
     rules: list[Mask] = []
     for side in (a, b):
-        for rule in side.rules if isinstance(side, kind) else (side,):
+        for rule in side.each() if isinstance(side, Several) and isinstance(side, kind) else (side,):
             if rule not in rules:
                 rules.append(rule)
     return rules[0] if len(rules) == 1 else kind(rules=tuple(rules))

@@ -38,7 +38,9 @@ class RmsNormModule(nn.Module):
         nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + self.offset if self.offset else self.weight
+        # Late rounding also adds the offset wide: 1 + w has fewer bits than w in bf16.
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) if self.late else self.weight
+        weight = weight + self.offset if self.offset else weight
         if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, weight.shape, weight, self.eps)
         wide = x.float()

@@ -62,13 +62,18 @@ class Timeline:
     def advance(self, ctx: Context) -> Step:
         """Makes room for the tokens of `ctx`; call once a forward, before the layers append."""
         B, T = self.order.shape[0], ctx.order.shape[1]
-        if self.count is not None and self.count + T > self.capacity and (self.even and ctx.segments is None):
-            raise RunError(
-                f"the state holds {self.capacity} tokens and {self.count + T} are needed",
-                remedy="make it larger: model.new_state(batch, capacity=...)",
-            )
+        new = T if ctx.segments is None else (ctx.segments >= 0).sum(-1)
+        if self.count is not None and self.count + T > self.capacity:
+            # The bound is exact where rows agree; else the rows themselves are asked, and only then.
+            exact = self.even and ctx.segments is None
+            needed = self.count + T if exact else int((self.length + new).max())
+            if needed > self.capacity:
+                raise RunError(
+                    f"the state holds {self.capacity} tokens and {needed} are needed",
+                    remedy="make it larger: model.new_state(batch, capacity=...)",
+                )
         order = ctx.order.expand(B, T)
-        positions = ctx.positions.expand(B, T, -1)
+        positions = ctx.positions.expand(B, T, self.positions.shape[-1])
         start, even = self.count, self.even and ctx.segments is None
         over_ring = self.ring is not None and T > 1
         before = Side(self.order[:, :-1].clone(), None, self.positions[:, :-1].clone()) if over_ring else None
@@ -80,7 +85,7 @@ class Timeline:
             where = slice(start % self.slots, start % self.slots + T)
         hidden = order if ctx.segments is None else torch.where(ctx.segments >= 0, order, FAR)
         self._write(where, hidden, positions)
-        self.length = self.length + (T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
+        self.length = self.length + new
         self.even = even
         self.count = None if start is None else min(start + T, self.capacity)
         visible = None if self.count is None else min(self.count, self.slots)

@@ -64,6 +64,11 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         return y if self.multiplier == 1.0 else y * self.multiplier
 
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Outputs start..stop alone: one map of several that are fused."""
+        y = F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        return y if self.multiplier == 1.0 else y * self.multiplier
+
 
 class Lookup(nn.Embedding):
     """Rows by number: W (count, dim)."""

@@ -68,41 +68,52 @@ def get(spec: Spec, path: str) -> Any:
     return here
 
 
-def leaves(spec: Spec) -> dict[str, Any]:
-    """Flat view: path of every plain value and every kind."""
-    flat: dict[str, Any] = {}
-    for path, part in walk(spec):
-        prefix = f"{path}." if path else ""
-        flat[f"{prefix}kind"] = part.kind
-        for name in type(part).model_fields:
-            value = getattr(part, name)
-            if not isinstance(value, Spec) and not (
-                isinstance(value, tuple) and any(isinstance(v, Spec) for v in value)
-            ):
-                flat[prefix + name] = value
-    return flat
-
-
 def diff(old: Spec, new: Spec) -> list[tuple[str, Any, Any]]:
-    """(path, old value, new value) wherever two trees differ; a missing side is None.
+    """(path, old value, new value) wherever two trees differ; a part that came or went is one line of text.
 
     Layers that differ in the same way are folded into one line with `*` where all layers agree.
     """
-    a, b = leaves(old), leaves(new)
-    rows = [(p, a.get(p), b.get(p)) for p in dict.fromkeys([*a, *b]) if a.get(p) != b.get(p) or (p in a) != (p in b)]
+    rows = list(_differences(old, new, ""))
     folded: dict[tuple[str, str, str], list[tuple[str, Any, Any]]] = {}
     for path, x, y in rows:
         star = ".".join("*" if step.isdigit() else step for step in path.split("."))
         folded.setdefault((star, repr(x), repr(y)), []).append((path, x, y))
-    total: dict[str, int] = {}
-    for path in dict.fromkeys([*a, *b]):
-        star = ".".join("*" if step.isdigit() else step for step in path.split("."))
-        total[star] = total.get(star, 0) + 1
     out: list[tuple[str, Any, Any]] = []
     for (star, _, _), group in folded.items():
-        whole = len(group) == total[star] and len(group) > 1
+        layers = len(getattr(new, "blocks", ()) or ())
+        whole = len(group) > 1 and len(group) == layers
         out.extend([(star, group[0][1], group[0][2])] if whole else group)
     return out
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Spec) and isinstance(new, Spec) and type(old) is type(new):
+        for name in type(old).model_fields:
+            yield from _differences(getattr(old, name), getattr(new, name), f"{path}.{name}" if path else name)
+    elif (
+        isinstance(old, tuple)
+        and isinstance(new, tuple)
+        and len(old) == len(new)
+        and any(isinstance(i, Spec) for i in new)
+    ):
+        for i, (x, y) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(x, y, f"{path}.{i}")
+    elif old != new:
+        yield path, brief(old), brief(new)
+
+
+def brief(value: Any) -> Any:
+    """A part in one line, `yarn(factor=4.0)`; plain values as they are."""
+    if isinstance(value, tuple) and value and isinstance(value[0], Spec):
+        return ", ".join(f"{span}: {brief(item)}" for span, item in fold(value))
+    if not isinstance(value, Spec):
+        return value
+    shown = []
+    for name, info in type(value).model_fields.items():
+        entry = getattr(value, name)
+        if entry != info.default:
+            shown.append(f"{name}={brief(entry)}")
+    return f"{value.kind}({', '.join(shown)})" if shown else value.kind
 
 
 def tree(spec: Spec, name: str = "", indent: int = 0) -> str:

@@ -10,11 +10,11 @@ from dovetail.spec.spec import Ref
 
 def json_schema(category: str = "model") -> dict[str, Any]:
     """The schema of one category; every other category is a definition that it refers to."""
+    registry.kinds(category)
     definitions: dict[str, Any] = {}
     for name in registry.categories():
-        options: list[Any] = [{"enum": registry.kinds(name)}, _one("ref", Ref)]
-        options += [_one(kind, registry.entry(name, kind).cls) for kind in registry.kinds(name)]
-        definitions[name] = {"anyOf": options}
+        definitions[name] = _options(name)
+        definitions[f"{name}_of_layers"] = _options(name, layers=True)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$ref": f"#/$defs/{category}",
@@ -22,8 +22,40 @@ def json_schema(category: str = "model") -> dict[str, Any]:
     }
 
 
-def _one(kind: str, cls: type[Any]) -> dict[str, Any]:
-    schema = cls.model_json_schema()
+def _options(category: str, layers: bool = False) -> dict[str, Any]:
+    """A kind's name, a ref, or the mapping of one kind. layers: mappings that also say which layers they are for."""
+    kinds = registry.kinds(category)
+    options = [_one("ref", Ref, "", layers)]
+    options += [_one(kind, registry.entry(category, kind).cls, category, layers) for kind in kinds]
+    return {"anyOf": options if layers else [{"enum": kinds}, *options]}
+
+
+def _one(kind: str, cls: type[Any], category: str, layers: bool) -> dict[str, Any]:
+    schema = _resolved(cls.model_json_schema())
     schema["properties"] = {"kind": {"const": kind}, **schema.get("properties", {})}
-    schema["required"] = ["kind", *schema.get("required", [])]
-    return schema
+    required = schema.get("required", [])
+    if not category or registry.default_kind(category) != kind:
+        required = ["kind", *required]
+    if layers:
+        schema["properties"] = {"layers": {"type": "string"}, **schema["properties"]}
+        required = ["layers", *required]
+    return schema | {"required": required}
+
+
+def _resolved(schema: Any) -> Any:
+    """Marks of parts turned into references: pydantic refuses references to what it did not define itself."""
+    if isinstance(schema, list):
+        return [_resolved(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "x-part" in schema:
+        rest = {k: v for k, v in schema.items() if k != "x-part"}
+        return {"$ref": f"#/$defs/{schema['x-part']}"} | rest
+    if schema.get("type") == "array" and "x-part" in schema.get("items", {}):
+        # A sequence of parts may be one part for all, or a list that says which layers each is for.
+        part = schema["items"]["x-part"]
+        one, many = {"$ref": f"#/$defs/{part}"}, {"$ref": f"#/$defs/{part}_of_layers"}
+        lists = [{"type": "array", "items": one}, {"type": "array", "items": many}]
+        rest = {k: v for k, v in schema.items() if k not in ("type", "items")}
+        return {"anyOf": [one, *lists]} | rest
+    return {key: _resolved(value) for key, value in schema.items()}

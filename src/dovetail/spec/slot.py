@@ -20,7 +20,9 @@ class Slot:
     dim: width of the input, C. dim_out: width of the output (C unless said).
     layer, depth: which block of how many. causal: whether the future must not be seen.
     memory_dim: width of the encoder output that a cross-attention reads; None elsewhere.
-    head_dim: width of a head, where the place is inside an attention.
+    heads, kv_heads, head_dim, value_dim: query heads, key/value heads, width of a key and of a value, where the
+        place is inside an attention.
+    grid: height and width of the token grid, where the place fixes it (a window).
     context: length the model was trained at, in tokens; None when unbounded or unknown.
     init: the scheme that initialises linear maps and embeddings (category "init").
     path: dotted path of the module, which also seeds its random start.
@@ -33,7 +35,11 @@ class Slot:
     causal: bool = True
     memory_dim: int | None = None
     context: int | None = None
+    heads: int = 1
+    kv_heads: int = 1
     head_dim: int | None = None
+    value_dim: int | None = None
+    grid: tuple[int, int] | None = None
     init: Any = None
     path: str = ""
     built: dict[str, nn.Module] = field(default_factory=dict, compare=False, repr=False)

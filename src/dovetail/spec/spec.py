@@ -94,7 +94,7 @@ class Part:
         )
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> Any:
-        return {"$ref": f"#/$defs/{self.category}"}
+        return {"x-part": self.category}  # schema.py makes it a reference
 
 
 class Ref(Spec):
@@ -120,7 +120,8 @@ def validate(cls: type[Any], fields: dict[str, Any], where: str = "") -> Any:
     try:
         return cls.model_validate({name: _frozen(value) for name, value in fields.items()})
     except ValidationError as failure:
-        first = failure.errors()[0]
+        errors = failure.errors()  # a mistyped key comes first: it also leaves the right one missing
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         place = ".".join(str(p) for p in (*([where] if where else []), *first["loc"]))
         name = getattr(cls, "kind", "") or cls.__name__
         inner = first.get("ctx", {}).get("error")

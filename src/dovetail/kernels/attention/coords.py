@@ -62,6 +62,23 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
+class Both:
+    """Two rules at once. Plain, because forwards make it, compiled ones too."""
+
+    a: Rule
+    b: Rule
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        return self.a.allowed(q, k) & self.b.allowed(q, k)
+
+    def is_full(self) -> bool:
+        return self.a.is_full() and self.b.is_full()
+
+    def is_causal(self) -> bool:
+        return (self.a.is_causal() and self.b.is_full()) or (self.a.is_full() and self.b.is_causal())
+
+
+@dataclass(frozen=True)
 class BoundMask:
     """A rule over coordinates. Built once a forward and shared by the layers that use it."""
 

@@ -23,7 +23,7 @@ def plan(
     *, device: str, mask: BoundMask | None, score: Score | None, dropout: float = 0.0, requires_grad: bool = False
 ) -> Plan:
     """Chooses the path for one attention call. All arguments are static in a built model."""
-    plain = score is None or not (score.terms or score.cap or score.value_terms)
+    plain = score is None or score.plain
     hides = mask is not None and not mask.full
     if plain and not hides:
         return Plan("sdpa", "nothing is masked: fused attention without a mask")

@@ -35,7 +35,7 @@ def scores(q: Tensor, k: Tensor, mask: BoundMask | None, score: Score | None, sc
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     s = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * scale
     if score is not None:
-        if score.terms:
+        if len(score.terms):
             assert mask is not None, "score terms need the coordinates that a mask carries"
             bias = score.bias(mask.at, scale)
             s = s if bias is None else s + bias

@@ -28,15 +28,20 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class _Merged(torch.autograd.Function):
-    """Inputs: scale, tile, masks, then q, k, v of every region, flat."""
+    """Inputs: scale, tile, masks, places, then the tensors; places say which are q, k, v of every region.
+
+    A tensor that several regions use comes once, because compilers refuse the same input twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scale: float, tile: int, masks: list[BoundMask | None], *tensors: Tensor) -> Tensor:
-        triples = _triples(tensors)
+    def forward(
+        ctx: Any, scale: float, tile: int, masks: list[BoundMask | None], places: list[int], *tensors: Tensor
+    ) -> Tensor:
+        triples = _triples([tensors[i] for i in places])
         parts = [_bands(q, k, v, m, scale, tile) for (q, k, v), m in zip(triples, masks, strict=True)]
         out, lse = merge(parts)
         ctx.save_for_backward(out, lse, *tensors)
-        ctx.scale, ctx.tile, ctx.masks = scale, tile, masks
+        ctx.scale, ctx.tile, ctx.masks, ctx.places = scale, tile, masks, places
         return out.to(tensors[0].dtype)
 
     @staticmethod
@@ -44,18 +49,27 @@ class _Merged(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         dout = grads[0].to(out.dtype)
         delta = (dout * out).sum(-1)
-        result: list[Tensor] = []
-        for (q, k, v), mask in zip(_triples(tensors), ctx.masks, strict=True):
-            result.extend(_backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile))
-        return None, None, None, *result
+        parts: list[Tensor] = []
+        for (q, k, v), mask in zip(_triples([tensors[i] for i in ctx.places]), ctx.masks, strict=True):
+            parts.extend(_backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile))
+        result: list[Any] = [None] * len(tensors)
+        for i, part in zip(ctx.places, parts, strict=True):
+            result[i] = part if result[i] is None else result[i] + part
+        return None, None, None, None, *result
 
 
 def attend_regions(regions: Sequence[Region], q: Tensor, scale: float, tile: int = 256) -> Tensor:
     """One softmax over disjoint regions, (B,H,T,Dv). Memory O(tile·S); scores with terms use the definition."""
-    if any(r.score is not None and (r.score.terms or r.score.cap or r.score.value_terms) for r in regions):
+    if any(r.score is not None and not r.score.plain for r in regions):
         return reference.attend_regions(regions, q, scale)[0]
-    flat = [t for r in regions for t in (q if r.q is None else r.q, r.k, r.v)]
-    return _Merged.apply(scale, tile, [r.mask for r in regions], *flat)  # type: ignore[no-any-return]
+    once: list[Tensor] = []
+    places: list[int] = []
+    for t in [t for r in regions for t in (q if r.q is None else r.q, r.k, r.v)]:
+        known = [i for i, other in enumerate(once) if other is t]
+        places.append(known[0] if known else len(once))
+        if not known:
+            once.append(t)
+    return _Merged.apply(scale, tile, [r.mask for r in regions], places, *once)  # type: ignore[no-any-return]
 
 
 def _triples(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:

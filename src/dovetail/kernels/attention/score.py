@@ -67,6 +67,11 @@ class Score:
     cap: float | None = None
     value_terms: Callable[[Tensor, int, int], Tensor] | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Only a scale, if that."""
+        return len(self.terms) == 0 and self.cap is None and self.value_terms is None
+
     def rows(self, start: int, stop: int) -> Score:
         values = self.value_terms
         shifted = None if values is None else (lambda p, a, b: values(p, a + start, b + start))

@@ -26,7 +26,7 @@ def attend(
     bias: Tensor | None = None
     if mask is not None and not mask.full and not causal:
         bias = mask.dense()
-    if score is not None and score.terms:
+    if score is not None and len(score.terms):
         assert mask is not None
         terms = score.bias(mask.at, scale)
         assert terms is not None
@@ -51,7 +51,7 @@ def attend(
             out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
     else:
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
-    if mask is not None and score is not None and score.terms and not mask.full:
+    if mask is not None and score is not None and len(score.terms) and not mask.full:
         # A float bias of -inf everywhere is NaN in some backends; an empty row is zero by contract.
         out = torch.where(mask.dense().any(-1, keepdim=True), out, torch.zeros_like(out))
     return out[..., :Dv] if Dv < D else out

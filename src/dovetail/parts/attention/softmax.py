@@ -7,12 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Coords, Score, Side, attend, attend_regions
+from dovetail.kernels.attention import Coords, Plan, Score, Side, Toeplitz, attend, attend_regions, plan
 from dovetail.parts.context import Context
-from dovetail.parts.mask import Causal, Full, Mask, Padding
+from dovetail.parts.mask import Causal, Full, Mask, Padding, interned
 from dovetail.parts.position.base import PositionModule, check_hooks
 from dovetail.parts.position.rotary import Rope
 from dovetail.parts.state import CrossState, KVState, Room
@@ -81,7 +80,7 @@ class AttentionModule(nn.Module):
         self.heads, self.kv_heads, self.head_dim, self.value_dim = H, G, D, Dv
         self.path, self.cross = slot.path, slot.memory_dim is not None
         self.dropout, self.scale, self.cap = spec.dropout, spec.scale, spec.cap
-        slot = replace(slot, head_dim=D)
+        slot = replace(slot, heads=H, kv_heads=G, head_dim=D, value_dim=Dv)
         bias = spec.bias in ("qkv", "all")
         reads = (("query", H * D), ("key", G * D), ("value", G * Dv))
         if self.cross:
@@ -97,7 +96,14 @@ class AttentionModule(nn.Module):
             self.q_norm = slot.build(spec.qk_norm, "q_norm", dim=H * D if self.over_all else D)
             self.k_norm = slot.build(spec.qk_norm, "k_norm", dim=G * D if self.over_all else D)
         self.position: PositionModule = slot.build(spec.position, "position")
-        check_hooks(self.position, self.offers, spec.position.kind, f"{slot.path}.position")
+        offers = self.offers - {"rotate"} if self.cross else self.offers
+        check_hooks(self.position, offers, spec.position.kind, f"{slot.path}.position")
+        if spec.dropout and "regions" in self.position.hooks:
+            raise BuildError(
+                f"dropout on the weights of an attention over regions (position {spec.position.kind!r})",
+                where=slot.path,
+                remedy="set dropout to 0: regions merge by their normalisers, which dropped weights do not have",
+            )
         rule: Mask = Causal() if slot.causal and not self.cross else Full()
         extra: Any = spec.mask
         if extra is not None and self.cross:
@@ -106,11 +112,18 @@ class AttentionModule(nn.Module):
                 where=slot.path,
                 remedy="leave mask out: padding of the memory is hidden anyway",
             )
-        self.rule: Mask = rule if extra is None else rule & extra
+        self.rule = interned(rule if extra is None else rule & extra)
         self.ring = self.rule.span() if slot.causal else None
+        self.newest = {ring: interned(self.rule.for_newest(ring)) for ring in (None, self.ring)}
 
     def new_state(self, room: Room) -> KVState | CrossState:
         if self.cross:
+            if "embed_qk" in self.position.hooks:
+                raise BuildError(
+                    "a cross-attention whose keys get a position of their own cannot be projected once",
+                    where=self.path,
+                    remedy="run it without a state",
+                )
             return CrossState()
         return KVState(room.timeline(self.ring), self.kv_heads, self.head_dim, self.value_dim, room.dtype)
 
@@ -146,18 +159,15 @@ class AttentionModule(nn.Module):
         k_raw = k
         if raw:
             q, k = self.position.rotate(q, k, step.coords, ctx)
-        rule = self.rule.for_newest(state.timeline.ring) if step.newest else self.rule
+        rule = self.newest[state.timeline.ring] if step.newest else self.rule
         return self._finish(q, k, v, q_raw, k_raw, rule, step.coords, ctx)
 
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         H, G, D = self.heads, self.kv_heads, self.head_dim
         if "embed_qk" in self.position.hooks:
             xq, xk = self.position.embed_qk(x, x, ctx)
-            cuts = [H * D, G * D, G * self.value_dim]
-            bias = [None] * 3 if self.qkv.bias is None else self.qkv.bias.split(cuts)
-            q, k, v = (
-                F.linear(i, w, b) for i, w, b in zip((xq, xk, x), self.qkv.weight.split(cuts), bias, strict=True)
-            )
+            q, k = self.qkv.rows(xq, 0, H * D), self.qkv.rows(xk, H * D, (H + G) * D)
+            v = self.qkv.rows(x, (H + G) * D, self.qkv.out_features)
         else:
             q, k, v = self.qkv(x).split([H * D, G * D, G * self.value_dim], dim=-1)
         return self._heads(q, H, "q"), self._heads(k, G, "k"), v.unflatten(-1, (G, self.value_dim))
@@ -176,9 +186,7 @@ class AttentionModule(nn.Module):
         if keys is values:
             k, v = self.kv(keys).split([G * D, G * Dv], dim=-1)
         else:
-            bias = [None] * 2 if self.kv.bias is None else self.kv.bias.split([G * D, G * Dv])
-            weight = self.kv.weight.split([G * D, G * Dv])
-            k, v = (F.linear(i, w, b) for i, w, b in zip((keys, values), weight, bias, strict=True))
+            k, v = self.kv.rows(keys, 0, G * D), self.kv.rows(values, G * D, self.kv.out_features)
         return self._heads(k, G, "k"), v.unflatten(-1, (G, Dv))
 
     def _cross(self, x: Tensor, ctx: Context, state: Any, keys: Tensor | None, values: Tensor | None) -> Tensor:
@@ -193,7 +201,7 @@ class AttentionModule(nn.Module):
             k, v = self._memory(xk, values)
         q = self._heads(self.q(xq), self.heads, "q")
         at = ctx.once(("memory", id(segments), k.shape[1]), lambda: _memory_coords(ctx, k.shape[1], segments))
-        rule: Mask = Full() if segments is None else Padding()
+        rule = _FULL if segments is None else _PADDING
         return self._finish(q, k, v, q, k, rule, at, ctx)
 
     def _finish(
@@ -202,25 +210,47 @@ class AttentionModule(nn.Module):
         mask = ctx.bind(rule, at)
         qh, kh, vh = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
+        score = Score(cap=self.cap) if self.cap is not None else None
+        if "score" in self.position.hooks:
+            score = self.position.score(q_raw, k_raw, at, ctx, self.project).merged(score)
         if "regions" in self.position.hooks:
-            parts = self.position.regions(q_raw.transpose(1, 2), k_raw.transpose(1, 2), vh, mask, ctx)
-            out = attend_regions(parts, qh, scale=self.scale)
+            parts = self.position.regions(qh, kh, vh, mask, score, ctx)
+            scale = self.scale if score is None or score.scale is None else score.scale
+            out = attend_regions(parts, qh, scale=scale)
         else:
-            score = Score(cap=self.cap) if self.cap is not None else None
-            if "score" in self.position.hooks:
-                score = self.position.score(q_raw, k_raw, at, ctx, self.project).merged(score)
             out = attend(qh, kh, vh, mask=mask, score=score, scale=self.scale, dropout=dropout)
         return self.out(out.transpose(1, 2).flatten(-2))
+
+    def plans(self, device: str, length: int) -> dict[str, Plan]:
+        """Which kernel would run each use of this layer on `device`, and why."""
+        meta = torch.device("meta")
+        score = Score(cap=self.cap) if self.cap is not None else None
+        if "score" in self.position.hooks:
+            score = Score(terms=(Toeplitz(torch.empty(0, device=meta), lambda d: d),), cap=self.cap)
+
+        def chosen(ctx: Context, rule: Mask) -> Plan:
+            if "regions" in self.position.hooks:
+                return Plan("regions", "the position splits the keys into regions: merged attentions")
+            return plan(device=device, mask=ctx.bind(rule), score=score, dropout=self.dropout)
+
+        plain = Context.of(1, length, meta)
+        packed = Context.of(1, length, meta, segments=torch.zeros(1, length, dtype=torch.long, device=meta))
+        if self.cross:
+            return {"cross": chosen(plain, Full())}
+        uses = {"training, prefill": chosen(plain, self.rule), "padded or packed": chosen(packed, self.rule)}
+        return uses | {"decoding": chosen(plain, self.rule.for_newest(self.ring))}
 
     def project(self, x: Tensor, which: Literal["query", "key"]) -> Tensor:
         """The mixer's own map on other vectors (R,C) -> (R,heads,D): DeBERTa's shared projections."""
         H, G, D = self.heads, self.kv_heads, self.head_dim
         start, heads = (0, H) if which == "query" else (H * D, G)
-        stop = start + heads * D
-        bias = None if self.qkv.bias is None else self.qkv.bias[start:stop]
-        return F.linear(x, self.qkv.weight[start:stop], bias).unflatten(-1, (heads, D))
+        return self.qkv.rows(x, start, start + heads * D).unflatten(-1, (heads, D))
+
+
+_FULL, _PADDING = interned(Full()), interned(Padding())
 
 
 def _memory_coords(ctx: Context, length: int, segments: Tensor | None) -> Coords:
     order = torch.arange(length, device=ctx.order.device)[None]
-    return Coords(Side(ctx.order, None, ctx.positions), Side(order, segments, order[..., None]))
+    positions = order[..., None] if ctx.memory_positions is None else ctx.memory_positions
+    return Coords(Side(ctx.order, None, ctx.positions), Side(order, segments, positions))

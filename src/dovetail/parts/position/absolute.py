@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dovetail.errors import BuildError
+from dovetail.errors import BuildError, DataError
 from dovetail.parts.context import Context
-from dovetail.parts.position.base import PositionModule
+from dovetail.parts.position.base import PositionModule, check_hooks
 from dovetail.parts.weights import Lookup
 from dovetail.spec import Slot, Spec, register
+from dovetail.spec.categories import PositionPart
 
 
 @register(
@@ -63,15 +64,19 @@ class Sinusoidal(Spec):
     """Sines and cosines of geometrically spaced frequencies.
 
     layout: "interleaved" puts sin and cos side by side (the paper), "half" all sines first (tensor2tensor).
+    axes: position axes; each takes an equal share of the width, in order (DETR: rows, then columns).
     """
 
     base: float = 10_000.0
     layout: Literal["interleaved", "half"] = "interleaved"
+    axes: int = 1
 
     def build(self, slot: Slot) -> nn.Module:
-        if slot.dim % 2:
+        if self.axes < 1 or slot.dim % (2 * self.axes):
             raise BuildError(
-                f"sinusoidal position needs an even width, not {slot.dim}", where=slot.path, remedy="choose an even dim"
+                f"sinusoidal position needs pairs for {self.axes} axes, not a width of {slot.dim}",
+                where=slot.path,
+                remedy=f"choose a multiple of {2 * max(self.axes, 1)}",
             )
         return SinusoidalModule(self, slot.dim)
 
@@ -81,11 +86,54 @@ class SinusoidalModule(PositionModule):
 
     def __init__(self, spec: Sinusoidal, dim: int):
         super().__init__()
-        self.dim, self.base, self.layout = dim, spec.base, spec.layout
+        self.dim, self.base, self.layout = dim // spec.axes, spec.base, spec.layout
+        self.axes = spec.axes  # type: ignore[misc]
 
     def embed(self, x: Tensor, ctx: Context) -> Tensor:
+        if ctx.positions.shape[-1] < self.axes:
+            raise DataError(
+                f"positions with {ctx.positions.shape[-1]} axes for a sinusoidal encoding of {self.axes}",
+                remedy=f"give positions (batch, length, {self.axes})",
+            )
         half = torch.arange(0, self.dim, 2, device=x.device, dtype=torch.float32)
-        angle = ctx.positions[..., :1].float() * torch.exp(-math.log(self.base) / self.dim * half)
+        positions = ctx.positions[..., : self.axes, None].float()
+        angle = positions * torch.exp(-math.log(self.base) / self.dim * half)  # (B,T,axes,dim/2)
         pair = (angle.sin(), angle.cos())
         table = torch.stack(pair, -1).flatten(-2) if self.layout == "interleaved" else torch.cat(pair, -1)
-        return x + table.to(x.dtype)
+        return x + table.flatten(-2).to(x.dtype)
+
+
+@register("position", "added", oracle="transformers detr", source="Carion et al. 2020 (DETR), appendix A.3")
+class Added(Spec):
+    """Absolute positions added to what queries and keys are made of, in every layer, and never to values.
+
+    query: for queries. key: for keys, which in cross-attention stand at the memory's positions; `query` unless given.
+    Both are positions that embed: learned (DETR's object queries, shared by refs), sinusoidal.
+    """
+
+    query: PositionPart = Sinusoidal()
+    key: PositionPart | None = None
+
+    def build(self, slot: Slot) -> nn.Module:
+        return AddedModule(self, slot)
+
+
+class AddedModule(PositionModule):
+    hooks: ClassVar[frozenset[str]] = frozenset({"embed_qk"})
+
+    def __init__(self, spec: Added, slot: Slot):
+        super().__init__()
+        self.query: PositionModule = slot.build(spec.query, "query")
+        self.key: PositionModule = self.query
+        check_hooks(self.query, frozenset({"embed"}), spec.query.kind, f"{slot.path}.query")
+        if spec.key is not None:
+            self.key = slot.build(spec.key, "key", dim=slot.dim if slot.memory_dim is None else slot.memory_dim)
+            check_hooks(self.key, frozenset({"embed"}), spec.key.kind, f"{slot.path}.key")
+        self.axes = self.query.axes  # type: ignore[misc]
+
+    def embed_qk(self, xq: Tensor, xk: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        own = xk is xq
+        if own and self.key is self.query:
+            both = self.query.embed(xq, ctx)
+            return both, both
+        return self.query.embed(xq, ctx), self.key.embed(xk, ctx if own else ctx.of_memory())

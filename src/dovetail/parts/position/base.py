@@ -24,13 +24,17 @@ class PositionModule(nn.Module):
 
     hooks: ClassVar[frozenset[str]] = frozenset()
     caches: ClassVar[str] = "rotated"  # "raw" where keys must be stored before rotation
+    axes: ClassVar[int] = 1  # position axes that it reads: 1 text, 2 images, 3 M-RoPE
 
     def embed(self, x: Tensor, ctx: Context) -> Tensor:
         """(B,T,C) -> (B,T,C): position added to (or multiplied into) the token vectors."""
         return x
 
     def embed_qk(self, xq: Tensor, xk: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Inputs of the query and key maps, (B,T,C) and (B,S,C); values do not see it."""
+        """Inputs of the query and key maps, (B,T,C) and (B,S,C); values do not see it.
+
+        In self-attention xk is xq; in cross-attention xk is the memory, which stands at `ctx.of_memory()`.
+        """
         return xq, xk
 
     def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -41,9 +45,15 @@ class PositionModule(nn.Module):
         """Terms of the attention score from the raw q (B,T,H,D) and k (B,S,G,D)."""
         return Score()
 
-    def regions(self, q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, ctx: Context) -> list[Region]:
-        """Disjoint regions that together are the attention; q, k raw, heads first (B,H,T,D)."""
-        raise TypeError("no regions here")
+    def regions(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, score: Score | None, ctx: Context
+    ) -> list[Region]:
+        """Disjoint regions that together are the attention; usually one.
+
+        q (B,H,T,D), k (B,G,S,D) heads first and as `rotate` left them (raw where there is no such hook), v
+        (B,G,S,Dv); score is what the `score` hook and the mixer's soft cap gave.
+        """
+        return [Region(k, v, mask, score)]
 
 
 @register("position", "none", oracle="formula: identity", source="Kazemnejad et al. 2023 (NoPE)")
@@ -52,6 +62,22 @@ class NoPosition(Spec):
 
     def build(self, slot: Slot) -> nn.Module:
         return PositionModule()
+
+
+def position_axes(model: nn.Module) -> int:
+    """The most position axes that any position of the model reads: what a state must store of each token."""
+    return max((m.axes for m in model.modules() if isinstance(m, PositionModule)), default=1)
+
+
+def head_width(slot: Slot, kind: str) -> int:
+    """Width of the heads at this place. Raises BuildError where there are none."""
+    if slot.head_dim is None:
+        raise BuildError(
+            f"position {kind!r} works on queries and keys, which this place never calls it with",
+            where=slot.path,
+            remedy="put it at an attention's position",
+        )
+    return slot.head_dim
 
 
 def check_hooks(position: PositionModule, offered: frozenset[str], kind: str, path: str) -> None:

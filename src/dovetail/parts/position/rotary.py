@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Coords, Side
 from dovetail.parts.context import Context
-from dovetail.parts.position.base import PositionModule
+from dovetail.parts.position.base import PositionModule, head_width
 from dovetail.parts.position.scaling import RopeScaling
+from dovetail.parts.state import FAR
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import RopeScalingPart
 
@@ -32,15 +33,18 @@ class Rope(Spec):
     scaling: RopeScalingPart | None = None
 
     def build(self, slot: Slot) -> nn.Module:
-        assert slot.head_dim is not None
-        dim = int(slot.head_dim * self.width)
+        return RopeModule(self, self.turned(slot), slot)
+
+    def turned(self, slot: Slot) -> int:
+        """How many entries of a head are turned. Raises BuildError when they make no pairs."""
+        dim = int(head_width(slot, self.kind) * self.width)
         if dim < 2 or dim % 2:
             raise BuildError(
                 f"RoPE turns pairs, and {self.width} of a head of {slot.head_dim} is {dim} entries",
                 where=slot.path,
                 remedy="choose a head width and share that give an even number",
             )
-        return RopeModule(self, dim, slot)
+        return dim
 
 
 class RopeModule(PositionModule):
@@ -49,6 +53,8 @@ class RopeModule(PositionModule):
     def __init__(self, spec: Rope, dim: int, slot: Slot):
         super().__init__()
         self.rope, self.dim, self.context, self.path = spec, dim, slot.context, slot.path
+        # Equal for equal ropes; plain, so that compilers can hash it.
+        self.key = ("rope", str(spec.to_dict()), dim, slot.context)
         scaling = spec.scaling
         assert scaling is None or isinstance(scaling, RopeScaling)
         self.scaling = scaling
@@ -59,6 +65,8 @@ class RopeModule(PositionModule):
 
     def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         """Inverse frequencies (dim/2,) in fp32, whatever the model's dtype, and the factor on cos and sin."""
+        if device.type == "meta":  # made anew once the model is real; arange there would import half of torch
+            return torch.empty(self.dim // 2, device=device), 1.0
         if self.scaling is None or self.scaling.needs_length:
             return plain_frequencies(self.dim, self.rope.theta, device), 1.0
         return self.scaling.frequencies(self.dim, self.rope.theta, self.context, None, device)
@@ -87,15 +95,20 @@ class RopeModule(PositionModule):
             inverse, factor = self.inverse, self.factor
             if self.scaling is not None and self.scaling.needs_length:
                 ends = side if longest is None else longest
-                length = torch.where(ends.order < 2**40, ends.positions[..., 0], 0).max() + 1  # type: ignore[index]
+                reached = torch.where(ends.order < FAR, ends.positions[..., 0], 0)  # type: ignore[index]
+                length = reached.amax(-1)[:, None, None] + 1  # each row's own, so that its neighbours do not matter
                 inverse, factor = self.scaling.frequencies(
                     self.dim, self.rope.theta, self.context, length, positions.device
                 )
-            angle = positions[..., :1].float() * inverse
+            angle = self.angles(positions, inverse)
             return (angle.cos() * factor).to(dtype)[:, :, None], (angle.sin() * factor).to(dtype)[:, :, None]
 
-        key = ("rope", self.rope, self.dim, self.context, dtype, id(positions), id(longest and longest.positions))
+        key = (*self.key, dtype, id(positions), id(longest and longest.positions))
         return ctx.once(key, make)
+
+    def angles(self, positions: Tensor, inverse: Tensor) -> Tensor:
+        """(B,T,A) positions times frequencies (dim/2,) -> (B,T,dim/2), fp32. Text has one axis."""
+        return positions[..., :1].float() * inverse
 
 
 def plain_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
@@ -109,8 +122,13 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
     part, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
     if layout == "half":
         a, b = part.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        turned = torch.cat(_turned(a, b, cos, sin), dim=-1)
     else:
         a, b = part[..., 0::2], part[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        turned = torch.stack(_turned(a, b, cos, sin), dim=-1).flatten(-2)
     return turned if rest is None else torch.cat((turned, rest), dim=-1)
+
+
+def _turned(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(a cos - b sin, b cos + a sin), the second product fused with the sum: two kernels less a call."""
+    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)

@@ -39,7 +39,10 @@ class RopeScaling(Spec):
     def frequencies(
         self, dim: int, theta: float, context: int | None, length: Tensor | None, device: torch.device
     ) -> tuple[Tensor, float]:
-        """(inverse frequencies (dim/2,) fp32, factor on cos and sin). length: tokens in play, where needed."""
+        """(inverse frequencies (dim/2,) fp32, factor on cos and sin).
+
+        length (B,1,1): tokens in play in each row, where needed; the frequencies are then (B,1,dim/2).
+        """
         raise TypeError(f"{self.kind} does not say its frequencies")
 
 

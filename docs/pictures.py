@@ -1,0 +1,210 @@
+"""The pictures of the reference pages, each drawn by running the part itself. Used by generate.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dovetail.kernels.attention import Coords, Side
+from dovetail.parts.context import Context
+from dovetail.parts.init import Normal
+from dovetail.parts.position.rotary import plain_frequencies
+from dovetail.parts.weights import initialise
+from dovetail.spec import Slot, Spec
+from dovetail.spec.paths import fold
+
+DIM, CONTEXT = 32, 2048  # width of the head (and of vectors) that is drawn, and the length it was trained at
+COLOURS = {
+    "model": "#dfe7fd", "container": "#dfe7fd", "block": "#e2ece9", "mixer": "#fde2e4", "feedforward": "#fff1e6",
+    "position": "#cddafd", "rope_scaling": "#cddafd", "norm": "#eae4e9", "activation": "#fad2e1",
+}  # fmt: skip
+
+
+def draw(spec: Spec) -> Figure | None:
+    """The picture of a part, or None where its category has none and it holds no other part."""
+    painter = PAINTERS.get(spec.category)
+    figure = painter(spec) if painter else None
+    return figure or (arrangement(spec) if len(_rows(spec, "", 0)) > 1 else None)
+
+
+def activation(spec: Spec) -> Figure:
+    """The function and its derivative (by autograd) on [-5, 5]."""
+    module = spec.build(Slot(dim=1))
+    initialise(module, 0)
+    x = torch.linspace(-5, 5, 1001, dtype=torch.float64, requires_grad=True)
+    y = module(x)
+    slope = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else None
+    x, y = x.detach(), y.detach()
+    figure, ax = _axes("x")
+    ax.plot(x, y, label="f(x)")
+    if slope is not None:
+        ax.plot(x, slope, "--", label="f'(x)")
+    ax.axhline(0, color="grey", lw=0.5)
+    ax.axvline(0, color="grey", lw=0.5)
+    ax.set_ylim(max(-2.0, float(y.min()) - 0.3), min(5.0, float(y.max()) + 0.3))
+    ax.legend()
+    return figure
+
+
+def mask(spec: Any) -> Figure:
+    """Who sees whom: 24 tokens in two documents of 12, the last 2 of them padding."""
+    order = torch.arange(24)[None]
+    segments = torch.tensor([[0] * 12 + [1] * 10 + [-1] * 2])
+    side = Side(order, segments, order[..., None])
+    seen = spec.allowed(side.rows(), side.columns()).expand(1, 24, 24)[0]
+    figure, ax = _axes("key j", "query i", size=(4, 4))
+    ax.imshow(seen, cmap="Blues", vmin=0, vmax=1.4)
+    ax.set_xticks([n - 0.5 for n in range(24)], minor=True)
+    ax.set_yticks([n - 0.5 for n in range(24)], minor=True)
+    ax.grid(which="minor", color="white", lw=0.8)
+    ax.tick_params(which="minor", length=0)
+    return figure
+
+
+def position(spec: Spec) -> Figure | None:
+    """What the hooks of this position do: vectors that are added, the decay of q·k, terms of the score."""
+    module: Any = spec.build(Slot(dim=DIM, head_dim=DIM, context=CONTEXT, init=Normal()))
+    initialise(module, 0)
+    if "embed" in module.hooks:
+        ctx = Context.of(1, 128, torch.device("cpu"))
+        with torch.no_grad():
+            added = module.embed(torch.zeros(1, 128, DIM), ctx)[0]
+        figure, ax = _axes("position", "entry of the vector", size=(6, 3))
+        ax.set_title("what is added to the token vectors")
+        limit = float(added.abs().max())
+        figure.colorbar(ax.imshow(added.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit), ax=ax)
+        return figure
+    if "rotate" in module.hooks:
+        figure, ax = _axes("distance i - j, tokens", "q·k / |q||k|, q = k = (1, ..., 1)")
+        ax.plot(*_decay(module), lw=0.8)
+        return figure
+    if "score" in module.hooks:
+        figure, ax = _axes("distance i - j, tokens", "term of the score")
+        ctx = Context.of(1, 128, torch.device("cpu"))
+        zero = torch.zeros(1, 128, 4, DIM)
+        with torch.no_grad():
+            bias = module.score(zero, zero, ctx.coords, ctx, lambda x, which: zero[0]).bias(ctx.coords, 1.0)
+        for head in range(0 if bias is None else bias.shape[1]):
+            ax.plot(bias[0, head, -1].flip(0), label=f"head {head}")
+        ax.legend()
+        return figure
+    return None
+
+
+def rope_scaling(spec: Any) -> Figure:
+    """Wavelengths, and the decay of q·k, beside plain RoPE's. Trained at 2,048 tokens, read at 8,192."""
+    from dovetail.parts.position.rotary import Rope
+
+    scaled, _ = spec.frequencies(DIM, 10_000.0, CONTEXT, torch.tensor(4 * CONTEXT), torch.device("cpu"))
+    plain = plain_frequencies(DIM, 10_000.0, torch.device("cpu"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    left.semilogy(2 * torch.pi / plain, "o-", ms=3, label="plain")
+    left.semilogy(2 * torch.pi / scaled, "s-", ms=3, label=spec.kind)
+    left.axhline(CONTEXT, color="grey", lw=0.8, ls=":", label="trained length")
+    left.set(xlabel="pair of entries", ylabel="wavelength, tokens")
+    left.legend()
+    slot = Slot(dim=DIM, head_dim=DIM, context=CONTEXT)
+    for rope, label in ((Rope(), "plain"), (Rope(scaling=spec), spec.kind)):
+        right.plot(*_decay(rope.build(slot)), lw=0.8, label=label)
+    right.set(xlabel="distance i - j, tokens", ylabel="q·k / |q||k|")
+    right.legend()
+    return figure
+
+
+def init(spec: Any) -> Figure:
+    """Histograms of what is drawn for four roles, in layer 0 of 12 at width 512."""
+    figure, ax = _axes("weight", "density")
+    slot = Slot(dim=512, depth=12, head_dim=64)
+    for role, shape in (("query", (512, 512)), ("in", (2048, 512)), ("residual", (512, 2048)), ("embedding", (1000, 512))):
+        weight = torch.empty(shape)
+        spec.draw(weight, role, shape[1], shape[0], slot, torch.Generator().manual_seed(0))
+        std = float(weight.std())
+        label = f"{role} {shape[0]}x{shape[1]}: std {std:.4f}"
+        ax.hist(weight.flatten().numpy(), bins=200, histtype="step", density=True, label=label)
+    ax.set_yscale("log")
+    ax.legend(fontsize=8)
+    return figure
+
+
+def norm(spec: Spec) -> Figure:
+    """Six tokens of different mean and spread, before and after."""
+    module = spec.build(Slot(dim=256))
+    initialise(module, 0)
+    rng = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.5, 1.0, 2.0, 3.0, 1.0, 1.0])[:, None]
+    mean = torch.tensor([0.0, 0.0, 0.0, 0.0, 3.0, -4.0])[:, None]
+    x = torch.randn(6, 256, generator=rng) * scale + mean
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    with torch.no_grad():
+        for ax, values, title in zip(axes, (x, module(x)), ("before", "after"), strict=True):
+            ax.boxplot(values.T.numpy(), showfliers=False)
+            ax.axhline(0, color="grey", lw=0.5)
+            ax.set(xlabel="token", title=title)
+    return figure
+
+
+def arrangement(spec: Spec) -> Figure:
+    """The tree of parts as boxes, equal layers folded."""
+    rows = _rows(spec, "", 0)
+    figure = plt.figure(figsize=(8, 0.42 * len(rows) + 0.2))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 16), ylim=(len(rows), 0))
+    ax.axis("off")
+    last: dict[int, int] = {}
+    for i, (depth, label, category) in enumerate(rows):
+        if depth:
+            x = 0.9 * depth - 0.5
+            ax.plot([x, x, x + 0.4], [last[depth - 1] + 0.85, i + 0.5, i + 0.5], color="grey", lw=0.8)
+        box = {"boxstyle": "round,pad=0.3", "fc": COLOURS.get(category, "#f4f4f4"), "ec": "grey", "lw": 0.6}
+        ax.text(0.9 * depth + 0.1, i + 0.5, label, va="center", fontsize=9, bbox=box)
+        last[depth] = i
+    return figure
+
+
+def _rows(spec: Spec, name: str, depth: int) -> list[tuple[int, str, str]]:
+    """(depth, label, category) of every part of the tree, top to bottom."""
+    values, children = [], []
+    for field, info in type(spec).model_fields.items():
+        value = getattr(spec, field)
+        if isinstance(value, Spec):
+            children.append((field, value))
+        elif isinstance(value, tuple) and value and isinstance(value[0], Spec):
+            children.extend((f"{field}.{span}", item) for span, item in fold(value))
+        elif value != info.default:
+            values.append(f"{field}={value}")
+    label = f"{name}: {spec.kind}" if name else spec.kind
+    rows = [(depth, f"{label}  ({', '.join(values)})" if values else label, spec.category)]
+    for field, child in children:
+        rows.extend(_rows(child, field, depth + 1))
+    return rows
+
+
+def _decay(module: Any) -> tuple[Any, Any]:
+    """(distance, normalised q·k) of a rotary position, for q = k = ones, up to four times the trained length."""
+    ctx = Context.of(1, 4 * CONTEXT, torch.device("cpu"))
+    ones = torch.ones(1, 4 * CONTEXT, 1, DIM)
+    q, k = (t[0, :, 0] for t in module.rotate(ones, ones, ctx.coords, ctx))
+    score = (k.flip(0) @ q[-1]) / DIM
+    step = 8
+    return torch.arange(0, 4 * CONTEXT, step), score[::step]
+
+
+def _axes(xlabel: str, ylabel: str = "", size: tuple[float, float] = (6, 3.4)) -> tuple[Figure, Axes]:
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return figure, ax
+
+
+PAINTERS: dict[str, Callable[[Any], Figure | None]] = {
+    "activation": activation, "mask": mask, "position": position, "rope_scaling": rope_scaling, "init": init,
+    "norm": norm,
+}  # fmt: skip

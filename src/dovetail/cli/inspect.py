@@ -1,0 +1,190 @@
+"""Commands that look: list, show, eval, preflight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dovetail.cli.app import app
+from dovetail.errors import UserError
+
+console = Console()
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output, last line.")]
+AllowKey = Annotated[list[str] | None, typer.Option("--allow-key", help="A config key that may be ignored.")]
+
+
+@app.command("list")
+def list_parts(
+    category: Annotated[str | None, typer.Argument(help="One category: mixer, position, norm, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """What there is: every registered part by category."""
+    import dovetail  # noqa: F401  (registers the parts)
+    from dovetail.spec import entries, kinds
+
+    if category is not None:
+        kinds(category)
+    rows = [e for e in entries() if category in (None, e.category)]
+    if as_json:
+        data: dict[str, list[dict[str, Any]]] = {}
+        for e in rows:
+            known = {"kind": e.kind, "source": e.source, "oracle": e.oracle, "decode": e.decode, **e.capabilities}
+            data.setdefault(e.category, []).append(known)
+        print(json.dumps(data, ensure_ascii=False))
+        return
+    table = Table("category", "kind", "what", "source", box=None, header_style="bold")
+    for e in rows:
+        table.add_row(e.category, e.kind, (e.cls.__doc__ or "").strip().splitlines()[0], e.source)
+    console.print(table)
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(help="Directory of a model, hub id, or YAML spec.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Which kernel runs each layer, and why.")] = False,
+    device: Annotated[str, typer.Option(help="Device to plan for.")] = "",
+    as_json: Json = False,
+    allow_key: AllowKey = None,
+) -> None:
+    """What this is: the tree of a model, its size and its plan. Reads no weights."""
+    import torch
+
+    from dovetail.models import build
+    from dovetail.training.flops import flops_per_token, parameter_count
+
+    spec = _spec_of(path, allow_key or [])
+    model = build(spec, weights=False)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    length = getattr(spec, "context", None) or 2048
+    facts: dict[str, Any] = {
+        "parameters": parameter_count(model),
+        "context": getattr(spec, "context", None),
+        "flops_per_token": flops_per_token(model, length),
+    }
+    plans = _plans(model, where, length) if plan else None
+    if as_json:
+        data = facts | {"spec": spec.to_dict()}
+        if plans is not None:
+            data["plan"] = [{"layers": span, "use": use, "path": p, "why": why} for span, use, p, why in plans]
+        print(json.dumps(data, ensure_ascii=False))
+        return
+    console.print(str(spec), highlight=False)
+    console.print(
+        f"\n{facts['parameters']:,} parameters, context {facts['context'] or 'unbounded'}, "
+        f"{facts['flops_per_token'] / 1e6:,.1f} MFLOP a token at length {length}"
+    )
+    if plans is not None:
+        table = Table(
+            "layers",
+            "use",
+            "kernel",
+            "why",
+            box=None,
+            header_style="bold",
+            title=f"plan on {where}",
+            title_justify="left",
+        )
+        for row in plans:
+            table.add_row(*row)
+        console.print(table)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(help="Directory of a model, or hub id.")],
+    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.")],
+    length: Annotated[int | None, typer.Option(help="Window in tokens (the model's context unless given).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Step of the window (half of it unless given).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
+    as_json: Json = False,
+    allow_key: AllowKey = None,
+) -> None:
+    """Score one model on a text: nats per token and perplexity."""
+    from dovetail.hub import load, load_tokenizer
+    from dovetail.hub.remote import resolve
+    from dovetail.report.evaluate import evaluate as score
+
+    if not text.is_file():
+        raise UserError(f"no text file {str(text)!r}", where="--text")
+    folder = resolve(path)
+    model = load(folder, device=_device(device), allow_keys=allow_key or [])
+    result = score(model, load_tokenizer(folder), _read(text), length=length, stride=stride)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
+
+
+@app.command()
+def preflight(
+    recipe: Annotated[Path, typer.Argument(help="A training recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="path=value ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Will it fit, how long will it take: the first batch in colour, memory and time predicted."""
+    from dovetail.training.preflight import preflight as run
+
+    result = run(recipe, overrides or [])
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        console.print(result)
+
+
+def _spec_of(path: str, allow: list[str]) -> Any:
+    import yaml
+
+    from dovetail.hub.load import read_config
+    from dovetail.hub.remote import resolve
+    from dovetail.spec import Spec
+
+    file = Path(path)
+    if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
+        try:
+            data = yaml.safe_load(_read(file))
+        except yaml.YAMLError as error:
+            raise UserError(f"{file} is not YAML: {error}") from None
+        return Spec.parse("model", data.get("model", data) if isinstance(data, dict) else data, where=str(file))
+    return read_config(resolve(path), allow)[0]
+
+
+def _plans(model: Any, device: str, length: int) -> list[tuple[str, str, str, str]]:
+    """(module path with * for layers that agree, use, kernel, why)."""
+    import re
+
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "plans"):
+            star = re.sub(r"blocks\.\d+", "blocks.*", name)
+            for use, chosen in module.plans(device, length).items():
+                rows.setdefault((star, use, chosen.path, chosen.why), []).append(name)
+    out = []
+    for (star, use, path, why), names in rows.items():
+        layers = sorted({int(n) for name in names for n in re.findall(r"blocks\.(\d+)", name)})
+        total = sum(1 for s, u, _, _ in rows if (s, u) == (star, use))
+        span = star if total == 1 else f"{star} {layers}"
+        out.append((span, use, path, why))
+    return out
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("no CUDA device here", where="--device", remedy="use --device cpu")
+    return name
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}", remedy="convert it to UTF-8") from None

@@ -1,0 +1,143 @@
+"""Commands that do: train, generate, swap, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dovetail.cli.inspect import AllowKey, Json, _device, _read
+from dovetail.cli.app import app
+from dovetail.errors import UserError
+
+console = Console()
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A training recipe (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="path=value ..., e.g. train.steps=40 out=runs/a")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model by a recipe."""
+    from dovetail.training import fit
+
+    result = fit(recipe, overrides or [], resume=resume)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="Directory of a model, or hub id.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="The prompt; repeat it for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beam search when above 1.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
+    as_json: Json = False,
+    allow_key: AllowKey = None,
+) -> None:
+    """Sample from a model."""
+    from dovetail.hub import load, load_tokenizer
+    from dovetail.hub.remote import resolve
+    from dovetail.sampling import generate as sample
+
+    folder = resolve(path)
+    tokenizer = load_tokenizer(folder)
+    model = load(folder, device=_device(device), allow_keys=allow_key or [])
+    prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
+    texts: Any = sample(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        beams=beams,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)], ensure_ascii=False))
+        return
+    for p, t in zip(prompt, texts, strict=True):
+        console.print(p, style="dim", end="", markup=False, highlight=False)
+        console.print(t, markup=False, highlight=False)
+
+
+@app.command()
+def swap(
+    path: Annotated[str, typer.Argument(help="Directory of a model, or hub id.")],
+    changes: Annotated[list[str], typer.Argument(help="path=value ..., e.g. 'blocks.*.mixer.kv_heads=2'")],
+    out: Annotated[Path, typer.Option("--out", help="Where the new model goes.")],
+    text: Annotated[Path | None, typer.Option("--text", help="A text to measure before and after on.")] = None,
+    format: Annotated[str, typer.Option(help='"hf" (the published layout) or "dovetail".')] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
+    as_json: Json = False,
+    allow_key: AllowKey = None,
+) -> None:
+    """Put other parts into a model, carry the weights over, and report what it cost."""
+    from dovetail.errors import CheckpointError, ConfigError
+    from dovetail.hub import load, load_tokenizer, save
+    from dovetail.hub.remote import resolve
+    from dovetail.report.swap import swap as do
+    from dovetail.spec import parse_assignment
+
+    folder = resolve(path)
+    model = load(folder, device=_device(device), allow_keys=allow_key or [])
+    texts = None
+    tokenizer = None
+    if text is not None:
+        if not text.is_file():
+            raise UserError(f"no text file {str(text)!r}", where="--text")
+        texts, tokenizer = [_read(text)], load_tokenizer(folder)
+    new, report = do(model, dict(parse_assignment(c) for c in changes), texts=texts, tokenizer=tokenizer)
+    chosen = format or "hf"
+    try:
+        save(new, out, format=chosen, tokenizer_from=folder)  # type: ignore[arg-type]
+    except (ConfigError, CheckpointError):
+        if format:
+            raise
+        chosen = "dovetail"
+        save(new, out, format="dovetail", tokenizer_from=folder)
+    data = report.to_dict() | {"out": str(out), "format": chosen}
+    (out / "swap-report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(data))
+        return
+    console.print(report)
+    if chosen == "dovetail" and not format:
+        console.print("saved in Dovetail's own layout: the published one cannot say this model")
+    console.print(f"saved to {out}", highlight=False)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A comparison recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="path=value ...")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where index.html and report.json go.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run arms side by side and write one report."""
+    from dovetail.report.compare import compare as run
+
+    result = run(recipe, out=out, overrides=overrides or [])
+    if as_json:
+        print(json.dumps(result.to_dict()))

@@ -1,0 +1,23 @@
+"""From files to batches: corpora, tokenizers, memory-mapped token sets, rows, samplers.
+
+A file put in this folder registers itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+from dovetail.data.corpus import Corpus  # noqa: E402
+from dovetail.data.rows import Batches, DocumentRows, PackedRows  # noqa: E402
+from dovetail.data.sampler import Sampler  # noqa: E402
+from dovetail.data.tokenizer import train_tokenizer  # noqa: E402
+from dovetail.data.tokens import TokenSet, cache_folder, prepare  # noqa: E402
+
+__all__ = [
+    "Batches", "Corpus", "DocumentRows", "PackedRows", "Sampler", "TokenSet", "cache_folder", "prepare",
+    "train_tokenizer",
+]  # fmt: skip

@@ -1,0 +1,121 @@
+"""Corpora: where text comes from, one document at a time, always in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from dovetail.errors import DataError
+from dovetail.spec import Part, Spec, register
+
+
+class Corpus(Spec):
+    """Base: `documents()` yields the text of each document, unchanged and in a fixed order."""
+
+    def documents(self) -> Iterator[str]:
+        """Raises DataError for files that are missing, empty or unreadable."""
+        raise TypeError(f"{self.kind} does not say where its text is")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the documents, each with its length: what a report says it measured."""
+        digest = hashlib.sha256()
+        for text in self.documents():
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        return digest.hexdigest()
+
+
+CorpusPart = Annotated[Spec, Part("corpus")]
+
+
+@register("corpus", "text", oracle="formula: the file's text", source="plain text")
+class TextFile(Corpus):
+    """A UTF-8 text file: one document, or several where `separator` stands between them (it is left out)."""
+
+    path: str
+    separator: str | None = None
+
+    def documents(self) -> Iterator[str]:
+        text = read_text(Path(self.path))
+        yield from text.split(self.separator) if self.separator else (text,)
+
+
+@register("corpus", "files", oracle="formula: each file's text", source="plain text")
+class Files(Corpus):
+    """A list of UTF-8 text files, a document each."""
+
+    paths: tuple[str, ...] = Field(strict=False)
+
+    def documents(self) -> Iterator[str]:
+        for path in self.paths:
+            yield read_text(Path(path))
+
+
+@register("corpus", "folder", oracle="formula: each file's text", source="plain text")
+class Folder(Corpus):
+    """Every file under a folder that matches `glob`, in the order of its relative path, a document each."""
+
+    path: str
+    glob: str = "**/*.txt"
+
+    def documents(self) -> Iterator[str]:
+        root = Path(self.path)
+        if not root.is_dir():
+            raise DataError("no such folder", where=self.path)
+        found = sorted((p for p in root.glob(self.glob) if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+        if not found:
+            raise DataError(f"no file matches {self.glob!r}", where=self.path, remedy="set glob, e.g. '**/*.py'")
+        for path in found:
+            yield read_text(path)
+
+
+@register("corpus", "jsonl", oracle="formula: the field of each line", source="JSON Lines")
+class JsonLines(Corpus):
+    """A file with a JSON object a line; `field` holds the document."""
+
+    path: str
+    field: str = "text"
+
+    def documents(self) -> Iterator[str]:
+        try:
+            with Path(self.path).open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield self._document(line, f"{self.path}:{number}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unreadable(Path(self.path), error) from None
+
+    def _document(self, line: str, where: str) -> str:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"not JSON: {error}", where=where, remedy="give one JSON object a line") from None
+        text = row.get(self.field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            known = ", ".join(k for k, v in row.items() if isinstance(v, str)) if isinstance(row, dict) else ""
+            raise DataError(
+                f"no text in field {self.field!r}",
+                where=where,
+                remedy=f"set field to one of: {known}" if known else "give objects with a text field",
+            )
+        return text
+
+
+def read_text(path: Path) -> str:
+    """The file as UTF-8. Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"not UTF-8: {error.reason} at byte {error.start}", where=str(path), remedy="convert it first")
+    return DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path))

@@ -1,0 +1,77 @@
+"""A byte-level BPE tokenizer trained here, and what a corpus needs of any tokenizer: documents to ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from dovetail.errors import DataError
+from dovetail.hub import Tokenizer, load_tokenizer
+
+BOS, EOS = "<|begin|>", "<|end|>"
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of each document between the tokenizer's begin and (first) end token, as far as it has them."""
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    after = list(tokenizer.eos_ids[:1])
+    return [before + e.ids + after for e in tokenizer.fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer and the ids it puts around documents."""
+    known = f"{tokenizer.fast.to_str()}{tokenizer.bos_id}{tokenizer.eos_ids[:1]}"
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def train_tokenizer(documents: Iterable[str], vocab: int, folder: str | Path) -> Tokenizer:
+    """A byte-level BPE of `vocab` ids (Sennrich et al. 2016; Radford et al. 2019), written to `folder`.
+
+    Digits stand alone, so that a number is spelled the same everywhere. Every text can be encoded: the 256 bytes
+    are in. Encoding a prompt begins it with the begin token. Raises DataError for a vocabulary below 258, or an
+    empty corpus.
+    """
+    if vocab < 258:
+        raise DataError(f"a byte-level vocabulary of {vocab}", remedy="give at least 258: 256 bytes and two marks")
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    fast.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in documents:
+            seen += len(text)
+            yield text
+
+    fast.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise DataError("the corpus to train a tokenizer on is empty", remedy="give it some text")
+    begin = (BOS, fast.token_to_id(BOS))
+    fast.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[begin]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    fast.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)

@@ -1,0 +1,104 @@
+"""Token sets: a corpus as ids in one memory-mapped file, with the place where each document begins.
+
+NAME.json says dtype, counts and what it was made from; NAME.bin holds the ids (uint16, or uint32 above
+65,536 ids), NAME.offsets.bin the starts of the documents and the end (int64). Nothing is read into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dovetail.data.corpus import Corpus
+from dovetail.data.tokenizer import encode_documents, fingerprint
+from dovetail.errors import DataError
+from dovetail.hub import Tokenizer
+
+_VERSION = 1
+_TOGETHER = 64  # documents encoded at a time
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """tokens (N,) and offsets (documents + 1,), memory-mapped; meta as written in NAME.json."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    meta: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @staticmethod
+    def open(path: str | Path) -> TokenSet:
+        """From the path of NAME.json. Raises DataError when its files do not belong together."""
+        path = Path(path)
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            tokens = np.memmap(path.with_suffix(".bin"), dtype=meta["dtype"], mode="r")
+            offsets = np.memmap(path.with_suffix(".offsets.bin"), dtype="int64", mode="r")
+            whole = (len(tokens), len(offsets) - 1) == (meta["tokens"], meta["documents"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"not a token set: {error}", where=str(path), remedy="make it again") from None
+        if not whole or meta["version"] != _VERSION:
+            raise DataError("the files of this token set do not belong together", where=str(path), remedy="remake it")
+        return TokenSet(tokens, offsets, meta)
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, cache: str | Path | None = None) -> TokenSet:
+    """The token set of a corpus, from the cache when text and tokenizer are the same as before.
+
+    cache: a folder; DOVETAIL_CACHE or ~/.cache/dovetail unless given. Raises DataError for an empty corpus.
+    """
+    text, words = corpus.fingerprint(), fingerprint(tokenizer)
+    name = hashlib.sha256(f"{_VERSION}{text}{words}".encode()).hexdigest()[:24]
+    path = cache_folder(cache) / "tokens" / f"{name}.json"
+    if path.is_file():
+        return TokenSet.open(path)
+    made = {"corpus": corpus.to_dict(), "text_sha256": text, "tokenizer_sha256": words}
+    return write_tokens(path, corpus.documents(), tokenizer, made)
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Where things that can be made again are kept: as given, DOVETAIL_CACHE, or ~/.cache/dovetail."""
+    return Path(given or os.environ.get("DOVETAIL_CACHE") or Path.home() / ".cache" / "dovetail")
+
+
+def write_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer, made: dict[str, Any]) -> TokenSet:
+    """Encodes documents into the files of `path` (NAME.json). Empty documents are left out.
+
+    NAME.json is put in place last, so that a set that was cut short is never opened. Raises DataError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+    own = f".{os.getpid()}.part"  # two processes may make the same set
+    offsets = [0]
+    stream = (text for text in documents if text)
+    with Path(f"{path.with_suffix('.bin')}{own}").open("wb") as file:
+        while texts := list(itertools.islice(stream, _TOGETHER)):
+            for ids in encode_documents(tokenizer, texts):
+                file.write(np.asarray(ids, dtype).tobytes())
+                offsets.append(offsets[-1] + len(ids))
+        file.flush()
+        os.fsync(file.fileno())
+    if offsets[-1] < 2:
+        Path(f"{path.with_suffix('.bin')}{own}").unlink()
+        raise DataError("the corpus is empty", where=str(made.get("corpus", path)), remedy="give it some text")
+    Path(f"{path.with_suffix('.offsets.bin')}{own}").write_bytes(np.asarray(offsets, "int64").tobytes())
+    meta = {"version": _VERSION, "dtype": dtype.name, "tokens": offsets[-1], "documents": len(offsets) - 1} | made
+    Path(f"{path}{own}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    for final in (path.with_suffix(".bin"), path.with_suffix(".offsets.bin"), path):
+        Path(f"{final}{own}").replace(final)
+    return TokenSet.open(path)

@@ -1,0 +1,82 @@
+"""Chat templates as checkpoints ship them: jinja in an immutable sandbox, because a template is somebody's program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dovetail.errors import UserError
+
+LARGEST = 10**6  # characters or items that one product in a template may give
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, which marks what the assistant says: rendered as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """No attributes beginning with an underscore, no changing of what is passed in, no giant products."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        size = 0
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            size = left.bit_length() * right
+        elif operator == "*" and isinstance(left, Sequence) and isinstance(right, int):
+            size = len(left) * right
+        elif operator == "*" and isinstance(left, int) and isinstance(right, Sequence):
+            size = left * len(right)
+        if size > LARGEST:
+            raise SecurityError(f"{operator} would give more than {LARGEST} characters")
+        return super().call_binop(context, operator, left, right)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
+
+
+def _json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """jinja's own tojson escapes what HTML would misread; templates want plain JSON."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], generate: bool, variables: Mapping[str, Any]) -> str:
+    """The text of a conversation. generate: with the opening of an answer. Raises UserError for anything that fails.
+
+    Templates find what transformers gives them: messages, tools, documents, add_generation_prompt, the special
+    tokens, raise_exception, strftime_now, tojson, break and continue.
+    """
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.filters["tojson"] = _json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    given = {"tools": None, "documents": None} | dict(variables)
+    try:
+        return environment.from_string(template).render(
+            messages=list(messages), add_generation_prompt=generate, **given
+        )
+    except Exception as error:  # a template is foreign code: whatever it raises is its own failure
+        raise UserError(
+            f"the chat template failed: {error}",
+            remedy="check the roles and contents of the messages; a template that asks for more than text is refused",
+        ) from None

@@ -1,0 +1,159 @@
+"""The encoder-decoder: one stack reads the source, a causal one writes the target and looks back at it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from dovetail.errors import BuildError, DataError
+from dovetail.parts.attention.softmax import Attention
+from dovetail.parts.block import PreNorm
+from dovetail.parts.containers import Stack
+from dovetail.parts.context import Context
+from dovetail.parts.embedding import LogitsBias, TokenEmbedding
+from dovetail.parts.init import Normal
+from dovetail.parts.outputs import Outputs
+from dovetail.parts.position.base import NoPosition, position_axes
+from dovetail.parts.state import Room, State
+from dovetail.spec import Ref, Slot, Spec, register
+from dovetail.spec.categories import ContainerPart, EmbeddingPart, HeadPart, InitPart
+
+
+@register("model", "encoder_decoder", oracle="transformers bart, marian", source="Vaswani et al. 2017, figure 1")
+class EncoderDecoder(Spec):
+    """A sequence-to-sequence model. vocab: ids. dim: width of both stacks. context: trained length, in tokens.
+
+    encoder sees its whole input; decoder is causal, and some of its blocks have a `cross` mixer. embedding: of the
+    source; decoder_embedding: of the target, the same unless given; head: its transpose unless given.
+    decoder_vocab: ids of the target, where they differ. logits_bias: a fixed bias on the logits (BART stores one).
+    decoder_start: the id that a target begins with.
+    """
+
+    vocab: int
+    dim: int
+    context: int | None = None
+    decoder_vocab: int | None = None
+    embedding: EmbeddingPart = TokenEmbedding()
+    decoder_embedding: EmbeddingPart = Ref(path="embedding")
+    encoder: ContainerPart = Stack()
+    decoder: ContainerPart = Stack(blocks=(PreNorm(cross=Attention(position=NoPosition())),))
+    head: HeadPart = Ref(path="decoder_embedding")
+    logits_bias: bool = False
+    decoder_start: int | None = None
+    init: InitPart = Normal()
+
+    def build(self, slot: Slot) -> nn.Module:
+        return EncoderDecoderModule(self, replace(slot, dim=self.dim, context=self.context, init=self.init))
+
+
+class EncoderDecoderModule(nn.Module):
+    spec: Spec
+
+    def __init__(self, spec: EncoderDecoder, slot: Slot):
+        super().__init__()
+        target = spec.decoder_vocab or spec.vocab
+        if spec.decoder_embedding.kind == "ref" and target != spec.vocab:
+            raise BuildError(
+                f"one embedding for {spec.vocab} source ids and {target} target ids",
+                where="decoder_embedding",
+                remedy="give decoder_embedding a table of its own: {kind: token}",
+            )
+        for side in ("encoder", "decoder"):
+            stack: Any = getattr(spec, side)
+            if not isinstance(stack, Stack) or stack.streams != 1:
+                raise BuildError(
+                    f"a container {stack.kind!r} that is not one stream of blocks at one width",
+                    where=side,
+                    remedy="use a stack with streams 1",
+                )
+        if all(getattr(block, "cross", None) is None for block in getattr(spec.decoder, "blocks", ())):
+            raise BuildError(
+                "no block of the decoder looks at the encoder",
+                where="decoder.blocks",
+                remedy="give the blocks a cross mixer: {cross: {kind: attention, position: none}}",
+            )
+        self.embedding = slot.build(spec.embedding, "embedding", dim_out=spec.vocab)
+        self.decoder_embedding = slot.build(spec.decoder_embedding, "decoder_embedding", dim_out=target)
+        self.encoder = slot.build(spec.encoder, "encoder", causal=False)
+        self.decoder = slot.build(spec.decoder, "decoder", causal=True, memory_dim=spec.dim)
+        self.head_part = slot.build(spec.head, "head", dim_out=target)
+        self.logits_bias = LogitsBias(target) if spec.logits_bias else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        decoder_tokens: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        state: State | None = None,
+        logits: bool = True,
+    ) -> Outputs:
+        """tokens (B,S), decoder_tokens (B,T) int64 -> Outputs with encoder_last_hidden_state (B,S,C),
+        last_hidden_state (B,T,C) and logits (B,T,V) unless logits=False.
+
+        The masks, (B,S) and (B,T), are nonzero where a token is real. state: remembers both sides for decoding on.
+        """
+        memory, segments = self._encode(tokens, attention_mask, state)
+        return self._decode(decoder_tokens, decoder_attention_mask, memory, segments, state, logits)
+
+    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, *, state: State | None = None) -> Tensor:
+        """tokens (B,S) -> encoder output (B,S,C). state: its cross part is filled, so that `decode` can begin."""
+        return self._encode(tokens, attention_mask, state)[0]
+
+    def decode(
+        self,
+        decoder_tokens: Tensor,
+        *,
+        state: State,
+        attention_mask: Tensor | None = None,
+        logits: bool = True,
+    ) -> Outputs:
+        """decoder_tokens (B,T), going on from what `state` holds -> Outputs. Raises BuildError before `encode`."""
+        return self._decode(decoder_tokens, attention_mask, None, None, state, logits)
+
+    def _encode(
+        self, tokens: Tensor, attention_mask: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx = self._context(tokens, attention_mask, 0)
+        memory = self.encoder(self.embedding(tokens), ctx)
+        if state is not None:
+            for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
+                block.remember(layer, memory, ctx.segments)
+        return memory, ctx.segments
+
+    def _decode(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        segments: Tensor | None,
+        state: State | None,
+        logits: bool,
+    ) -> Outputs:
+        ctx = self._context(tokens, mask, 0 if state is None else state.start()).with_memory(memory, segments)
+        if state is not None:
+            state.advance(ctx)
+        h = self.decoder(self.decoder_embedding(tokens), ctx, state)
+        scores = self.head(h) if logits else None
+        return Outputs(logits=scores, last_hidden_state=h, encoder_last_hidden_state=memory)
+
+    @staticmethod
+    def _context(tokens: Tensor, mask: Tensor | None, start: Tensor | int) -> Context:
+        if tokens.dim() != 2:
+            raise DataError(f"tokens have shape {tuple(tokens.shape)}", remedy="give (batch, length)")
+        batch, length = tokens.shape
+        return Context.of(batch, length, tokens.device, attention_mask=mask, start=start)
+
+    def head(self, h: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits (..., V)."""
+        scores = self.head_part.logits(h)
+        return scores if self.logits_bias is None else self.logits_bias(scores)
+
+    def new_state(self, batch: int, capacity: int, dtype: Any = None) -> State:
+        """An empty memory for `batch` targets of at most `capacity` tokens each; `encode` fills its cross part."""
+        weight: Any = next(self.parameters())
+        room = Room(batch, capacity, weight.device, dtype or weight.dtype, position_axes(self.decoder))
+        return State(self.decoder.new_layers(room), room)

@@ -1,0 +1,65 @@
+"""Sums and counts: what an objective returns, so that micro-batches and ranks add up exactly.
+
+A mean over a micro-batch is not a share of the mean over the batch when rows are ragged. So every term
+is a sum and a count, counts are known from the labels before anything runs, and the loop divides once:
+loss = Σ_terms weight · Σ_micro sum / Σ_micro count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dovetail.spec import Part, Spec
+
+IGNORED = -100  # a label that nobody is asked to predict
+Batch = Mapping[str, Tensor]  # "tokens" (B,T), "labels" (B,T), and whatever else the model's forward takes by name
+
+
+class Term(NamedTuple):
+    """sum: a differentiable scalar. count: how many items it sums over, on its device. weight: factor in the loss."""
+
+    sum: Tensor
+    count: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """terms: name -> (sum, count, weight). metrics: name -> (sum, count), detached, for the log.
+
+    scope: a "token" sum may be split over micro-batches; a "batch" loss (contrastive) depends on the whole batch
+    at once and must not be accumulated this way.
+    """
+
+    terms: dict[str, Term]
+    scope: Literal["token", "batch"] = "token"
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def total(self, counts: Mapping[str, int] | None = None) -> Tensor:
+        """Σ weight · sum / count, with this batch's own counts or the global ones given. A count of 0 gives 0."""
+        shares = []
+        for name, term in self.terms.items():
+            count = term.count.clamp_min(1) if counts is None else max(1, counts[name])
+            shares.append(term.weight * term.sum / count)
+        return torch.stack(shares).sum() if len(shares) > 1 else shares[0]
+
+
+class Objective(Spec):
+    """Base of the objectives: a spec that is called with a model and a batch. `scope` as in Loss."""
+
+    scope: ClassVar[Literal["token", "batch"]] = "token"
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many items each term will sum over, from the labels alone."""
+        raise TypeError(f"{self.kind} does not say what it counts")
+
+    def __call__(self, model: Any, batch: Batch) -> Loss:
+        raise TypeError(f"{self.kind} does not say what it minimises")
+
+
+ObjectivePart = Annotated[Spec, Part("objective")]

@@ -1,0 +1,150 @@
+"""Next-token prediction: cross-entropy from hidden states, without ever holding all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import DataError
+from dovetail.objectives.base import IGNORED, Batch, Loss, Objective, Term
+from dovetail.spec import register
+
+# Logits held at a time: rows enough for full matmul speed, far below (B,T,V). 32 MB in fp32 stay near a CPU's cache;
+# a GPU wants fewer, larger kernels (256 MB).
+_CHUNK = {"cpu": 2**23, "cuda": 2**26}
+
+
+@register(
+    "objective",
+    "next_token",
+    default=True,
+    oracle="torch.nn.functional.cross_entropy",
+    source="Radford et al. 2018, eq. 1; z-loss: Chowdhery et al. 2022 (PaLM), section 5; smoothing: Szegedy et al. 2016",
+)
+class NextToken(Objective):
+    """−log p(label), summed over the labels that are not -100.
+
+    batch["labels"] (B,T) stands beside the token that predicts it: labels[b, t] is the target of the hidden
+    state at t (already shifted). smoothing: share of the target spread evenly over the vocabulary.
+    z: weight of (log Z)², which keeps logits from drifting (PaLM uses 1e-4).
+    Metrics: "nats" (cross-entropy without smoothing or z) and "correct" (top-1 hits).
+    """
+
+    smoothing: float = 0.0
+    z: float = 0.0
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"next_token": int((batch["labels"] != IGNORED).sum())}
+
+    def __call__(self, model: Any, batch: Batch) -> Loss:
+        """Raises DataError when the labels do not stand beside the hidden states."""
+        labels = batch["labels"]
+        inputs = {name: value for name, value in batch.items() if name not in ("tokens", "labels")}
+        out = model(batch["tokens"], **inputs, logits=False)
+        if out.aux:
+            raise DataError(f"the model returns {', '.join(out.aux)}, for which next_token has no term")
+        h = out.last_hidden_state
+        if h.shape[:-1] != labels.shape:
+            raise DataError(f"labels {tuple(labels.shape)} do not stand beside hidden states {tuple(h.shape[:-1])}")
+        total, nats, correct = cross_entropy(model.head, h.flatten(0, -2), labels.flatten(), self.smoothing, self.z)
+        count = (labels != IGNORED).sum()
+        return Loss({"next_token": Term(total, count)}, metrics={"nats": (nats, count), "correct": (correct, count)})
+
+
+def cross_entropy(
+    head: Callable[[Tensor], Tensor], h: Tensor, labels: Tensor, smoothing: float = 0.0, z: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum to minimise, Σ nats, hits) of hidden states h (N,C) against labels (N,), in fp32 (fp64 if h is).
+
+    Logits live one chunk of rows at a time. The gradient of a softmax cross-entropy is known as soon as its
+    logits are, so it is pulled back through `head` (whatever that is: tied, adapted, biased) at once, and kept as
+    (N,C) and in the shape of the head's parameters until the backward asks for it: nothing is computed twice.
+    """
+    differentiate = torch.is_grad_enabled()
+    probe = head(h[:1].detach())
+    leaves = _leaves(probe) if differentiate else []
+    rows = max(64, _CHUNK.get(h.device.type, _CHUNK["cuda"]) // probe.shape[-1])
+    sums: Tensor | None = None
+    d_h: list[Tensor] = []
+    d_leaves: list[Tensor] | None = None
+    for start in range(0, h.shape[0], rows):
+        x = h[start : start + rows].detach().requires_grad_(differentiate)
+        logits = head(x)
+        part, d_logits = softmax_loss(logits.detach(), labels[start : start + rows], smoothing, z, differentiate)
+        sums = part if sums is None else sums + part
+        if d_logits is None:
+            continue
+        d_x, *d_part = torch.autograd.grad(logits, [x, *leaves], d_logits)
+        d_h.append(d_x)
+        if d_leaves is None:
+            d_leaves = [d.clone() if d.dtype == torch.float64 else d.float() for d in d_part]
+        else:
+            torch._foreach_add_(d_leaves, d_part)
+    assert sums is not None
+    total, nats, correct = sums.unbind()
+    if differentiate:
+        total = _Deliver.apply(total, 1 + len(leaves), h, *leaves, torch.cat(d_h), *(d_leaves or []))
+    return total, nats, correct  # type: ignore[return-value]
+
+
+def softmax_loss(
+    logits: Tensor, labels: Tensor, smoothing: float, z: float, differentiate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(3,) sums (loss, nats, hits) of logits (N,V), and d loss / d logits (N,V) in the logits' dtype."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    real = labels != IGNORED
+    target = labels.clamp_min(0)[:, None]
+    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    nll = -log_p.gather(-1, target).squeeze(-1)
+    loss = nll
+    if smoothing:
+        loss = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
+    log_z = None
+    if z:
+        log_z = logits[:, 0].to(wide) - log_p[:, 0]
+        loss = loss + z * log_z.square()
+    hits = -nll >= log_p.amax(-1)  # several times faster than argmax on CPU
+    sums = torch.stack(
+        [torch.where(real, loss, 0).sum(), torch.where(real, nll, 0).sum(), (hits & real).sum().to(wide)]
+    )
+    if not differentiate:
+        return sums, None
+    grad = log_p.exp_()
+    if log_z is not None:
+        grad.mul_((1 + 2 * z * log_z)[:, None])
+    if smoothing:
+        grad.sub_(smoothing / logits.shape[-1])
+    grad.scatter_add_(-1, target, torch.full_like(target, -(1 - smoothing), dtype=wide))
+    return sums, grad.mul_(real[:, None]).to(logits.dtype)
+
+
+def _leaves(x: Tensor) -> list[Tensor]:
+    """The parameters that x was computed from."""
+    found: dict[int, Tensor] = {}
+    seen, nodes = set(), [x.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable  # type: ignore[attr-defined]
+        nodes.extend(before for before, _ in node.next_functions)
+    return list(found.values())
+
+
+class _Deliver(torch.autograd.Function):
+    """Hands over gradients that are known already: forward(total, n, n tensors, their n gradients) -> total."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, n: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[n:])
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        known = ctx.saved_tensors
+        return (None, None, *(d * grads[0].to(d.dtype) for d in known), *[None] * len(known))

@@ -1,0 +1,65 @@
+"""How long a row may become before a model has nothing to say about its positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dovetail.errors import UserError
+from dovetail.parts.position.absolute import Learned
+from dovetail.parts.position.rotary import Rope
+from dovetail.parts.position.scaling import RopeScaling
+from dovetail.spec import Spec
+from dovetail.spec.paths import walk
+
+
+def reach(spec: Spec) -> int | None:
+    """The longest prompt: the trained context, times the factor where every rope is scaled; None when unknown.
+
+    A scaling that names its original length reaches original·factor; a context beyond that is believed.
+    """
+    context: int | None = getattr(spec, "context", None)
+    ropes = [part for _, part in walk(spec) if isinstance(part, Rope)]
+    if context is None or not ropes or any(rope.scaling is None for rope in ropes):
+        return context
+    stretched = [
+        int(rope.scaling.trained(context) * rope.scaling.factor)
+        for rope in ropes
+        if isinstance(rope.scaling, RopeScaling)
+    ]
+    return max(context, min(stretched))
+
+
+def table(spec: Spec) -> int | None:
+    """Rows of the shortest learned position table: a hard limit on the whole row; None without one."""
+    context: int | None = getattr(spec, "context", None)
+    lengths = [part.length or context for _, part in walk(spec) if isinstance(part, Learned)]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def check_lengths(spec: Spec, longest: int, new: int, vocab: int | None = None) -> None:
+    """Raises UserError when a prompt of `longest` tokens, or it with `new` more, goes beyond the model."""
+    rows, limit = table(spec), reach(spec)
+    if rows is not None and longest + new > rows:
+        raise UserError(
+            f"a prompt of {longest} tokens and {new} new ones need {longest + new} positions, and the model's learned "
+            f"position table has {rows}",
+            remedy=f"shorten the prompt, or set max_new_tokens to at most {max(rows - longest, 0)}"
+            if longest < rows
+            else f"shorten the prompt to less than {rows} tokens",
+        )
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the prompt has {longest} tokens and the model's context is {limit}",
+            remedy=f"shorten the prompt to {limit} tokens, or stretch the context, "
+            "e.g. swap 'blocks.*.mixer.position={kind: yarn, factor: 4}'",
+        )
+
+
+def check_ids(ids: Any, vocab: int) -> None:
+    """Raises UserError when a token id is outside 0..vocab-1."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise UserError(
+            f"token {high if high >= vocab else low} is outside the model's vocabulary of {vocab}",
+            remedy="use the tokenizer that belongs to this model",
+        )

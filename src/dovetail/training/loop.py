@@ -1,0 +1,325 @@
+"""The loop: sums over micro-batches divided once, and nothing that makes the host wait for the device."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from dovetail import hub
+from dovetail.data import Batches, Sampler
+from dovetail.data.rows import Rows, collate
+from dovetail.errors import CheckpointError, ConfigError, DataError, RunError, SpecError
+from dovetail.objectives import Objective
+from dovetail.training import checkpoint
+from dovetail.training.device import autocast, peak_memory, peak_rate, precision
+from dovetail.training.flops import flops_per_token, parameter_count
+from dovetail.training.meters import Bar, Log, Rate
+from dovetail.training.optim import Average, adamw, clip, set_rate
+from dovetail.training.recipe import Recipe, Train
+from dovetail.training.schedules import factor
+from dovetail.training.setup import Parts, copy_tokenizer, set_up
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. loss: of the last step. held_out: {nats, perplexity, accuracy, tokens} or None.
+
+    tokens_per_s and mfu leave evaluation and saving out. text_sha256: of the corpora trained and measured on.
+    """
+
+    out: str
+    steps: int
+    parameters: int
+    tokens: int
+    loss: float
+    held_out: dict[str, float] | None
+    tokens_per_s: float
+    mfu: float
+    mfu_against: str
+    peak_bytes: int
+    autocast: str
+    device: str
+    text_sha256: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit(
+    source: str | Path | dict[str, Any] | Recipe,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Trains by a recipe and leaves a loadable model in `out`.
+
+    source: a YAML file, plain data or a Recipe; overrides: `train.steps=40`. resume goes on from the last checkpoint
+    in `out` (from the start when there is none), bitwise as if never interrupted on one device.
+    Raises UserErrors for what the recipe asks, RunError for NaN losses and disks that are full.
+    """
+    recipe = Recipe.load(source, overrides)
+    if recipe.out is None:
+        raise SpecError("the recipe names no folder to write", where="out", remedy="give out=runs/NAME")
+    out = Path(recipe.out)
+    if checkpoint.found(out) and not resume:
+        raise SpecError(
+            "this folder holds a run already", where=str(out), remedy="go on with --resume, or choose another out"
+        )
+    run = Run(set_up(recipe), out)
+    if resume and checkpoint.found(out):
+        run.restore(checkpoint.found(out)[-1])
+    return run.train(progress)
+
+
+class Run:
+    """One training: its parts, its optimiser, and where it stands (`step` steps are done)."""
+
+    def __init__(self, parts: Parts, out: Path):
+        recipe = parts.recipe
+        self.parts, self.out, self.recipe, self.options = parts, out, recipe, recipe.train
+        self.device, self.model = parts.device, parts.model
+        self.objective: Objective = recipe.objective  # type: ignore[assignment]
+        t = self.options
+        if self.objective.scope == "batch" and t.accumulate > 1:
+            raise SpecError(
+                f"{self.objective.kind} depends on the whole batch and cannot be accumulated",
+                where="train.accumulate",
+                remedy="set it to 1 and raise train.batch",
+            )
+        self.precision = precision(t.autocast, self.device)
+        rows = parts.rows(parts.train)
+        self.batches = Batches(rows, Sampler(len(rows), t.seed), t.batch, pin=self.device.type == "cuda")
+        self.optimizer = adamw(self.model, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.average = Average(self.model.named_parameters(), t.ema) if t.ema else None
+        self.compiled = torch.compile(self.model) if t.compile else self.model
+        self.step, self.tokens, self.loss = 0, 0, math.nan
+
+    def restore(self, folder: Path) -> None:
+        """Goes on from a checkpoint. Raises SpecError when it was written by another recipe."""
+        state = checkpoint.read_state(folder)
+        _same_recipe(state["recipe"], _fixed(self.recipe), str(folder))
+        checkpoint.restore(folder, self.model, self.optimizer, self.average)
+        self.batches.sampler.load(state["sampler"])
+        self.step, self.tokens, self.loss = state["step"], state["tokens"], state["loss"]
+        self.precision = state["autocast"]
+
+    def save(self) -> Path:
+        state = {
+            "recipe": _fixed(self.recipe),
+            "sampler": self.batches.sampler.state(),
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "autocast": self.precision,
+            "versions": {"torch": torch.__version__},
+        }
+        return checkpoint.save(self.out, self.step, self.model, self.optimizer, self.average, state, self.options.keep)
+
+    def train(self, progress: bool = True) -> Result:
+        t = self.options
+        self.out.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(self.recipe, self.out)
+        (self.out / "recipe.yaml").write_text(
+            yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        peak, against = peak_rate(self.device, dtype)
+        rate = Rate(flops_per_token(self.model, t.length, train=True), peak)
+        log, bar = Log(self.out, self.step), Bar(self.step, t.steps, progress)
+        pending: list[tuple[int, Tensor, Tensor]] = []
+        last: dict[str, Any] = {}
+        held_out = None
+        try:
+            self.model.train()
+            while self.step < t.steps:
+                due = {
+                    name: _due(self.step + 1, getattr(t, f"{name}_every"), t.steps) for name in ("log", "save", "eval")
+                }
+                loss, norm, tokens = self.one_step()
+                self.step += 1
+                self.tokens += tokens
+                rate.add(tokens)
+                pending.append((self.step, loss, norm))
+                if self.device.type == "cpu" or any(due.values()):
+                    last = self._read(pending) | {"lr": self.options.lr * _rate(t, self.step - 1)}
+                    self.loss = last["loss"]
+                bar.advance()
+                if due["log"]:
+                    last |= rate.take() | {"peak_bytes": peak_memory(self.device), "tokens": self.tokens}
+                    log.write(self.step, last)
+                    bar.show(self.step, last)
+                if due["eval"] and self.parts.held_out is not None:
+                    held_out = self.evaluate()
+                    log.write(self.step, {f"held_out_{name}": value for name, value in held_out.items()})
+                    bar.say(f"step {self.step}  held-out {held_out['nats']:.4f} nats a token")
+                    rate.restart()
+                if due["save"]:
+                    self.save()
+                    rate.restart()
+            if held_out is None and self.parts.held_out is not None:  # resumed after the last step
+                held_out = self.evaluate()
+            self._export()
+        finally:
+            log.close()
+            bar.close()
+        speed = rate.total / rate.seconds if rate.seconds else 0.0
+        measured = {"train": self.parts.train} | ({"held_out": self.parts.held_out} if self.parts.held_out else {})
+        result = Result(
+            out=str(self.out),
+            steps=self.step,
+            parameters=parameter_count(self.model),
+            tokens=self.tokens,
+            loss=self.loss,
+            held_out=held_out,
+            tokens_per_s=speed,
+            mfu=speed * rate.flops / peak,
+            mfu_against=against,
+            peak_bytes=peak_memory(self.device),
+            autocast=self.precision,
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            text_sha256={name: tokens.meta["text_sha256"] for name, tokens in measured.items()},
+        )
+        (self.out / "result.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return result
+
+    def one_step(self) -> tuple[Tensor, Tensor, int]:
+        """One optimiser step: (loss, gradient norm, tokens), the first two still on the device."""
+        t = self.options
+        set_rate(self.optimizer, _rate(t, self.step))
+        micro = [self.batches.next() for _ in range(t.accumulate)]
+        counts: dict[str, int] = {}
+        for batch in micro:
+            for name, count in self.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0) + count
+        if not all(counts.values()):
+            raise DataError(
+                f"step {self.step + 1} has no label to learn from", remedy="look at the data with `dovetail preflight`"
+            )
+        loss = torch.zeros((), device=self.device)
+        tokens = 0
+        for batch in micro:
+            tokens += int((batch["segments"] >= 0).sum()) if "segments" in batch else batch["tokens"].numel()
+            batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+            with autocast(self.precision, self.device):
+                share = self.objective(self.compiled, batch).total(counts)
+            share.backward()
+            loss += share.detach()
+        norm = clip(self.parameters, t.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        return loss, norm, tokens
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores of the weights that will be exported (the averaged ones with EMA)."""
+        assert self.parts.held_out is not None
+        t = self.options
+        if self.average is not None:
+            self.average.swap()
+        try:
+            rows = self.parts.rows(self.parts.held_out)
+            return evaluate(
+                self.compiled, self.objective, rows, batch=t.batch, limit=t.eval_batches, precision=self.precision
+            )
+        finally:
+            if self.average is not None:
+                self.average.swap()
+
+    def _read(self, pending: list[tuple[int, Tensor, Tensor]]) -> dict[str, float]:
+        """The newest loss and norm; raises RunError naming the first step whose numbers are not finite."""
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in pending]).tolist()
+        for (step, _, _), (loss, norm) in zip(pending, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = checkpoint.found(self.out)
+                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+                raise RunError(
+                    f"{what} at step {step}",
+                    where=str(self.out),
+                    remedy="lower train.lr, lengthen train.warmup or look at the data; "
+                    + (f"{kept[-1].name} is intact" if kept else "no checkpoint was written yet"),
+                )
+        pending.clear()
+        return {"loss": values[-1][0], "grad_norm": values[-1][1]}
+
+    def _export(self) -> None:
+        """The trained model into `out`: the published layout where one can say it, else Dovetail's own."""
+        self.model.eval()
+        if self.average is not None:
+            self.average.swap()
+        try:
+            hub.save(self.model, self.out, format="hf", tokenizer_from=self.out)
+        except (ConfigError, CheckpointError):
+            hub.save(self.model, self.out, format="dovetail", tokenizer_from=self.out)
+        finally:
+            if self.average is not None:
+                self.average.swap()
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, objective: Objective, rows: Rows, *, batch: int, limit: int = 0, precision: str = "none"
+) -> dict[str, float]:
+    """{nats, perplexity, accuracy, tokens} over all rows (or the first `limit` batches); the mode is put back."""
+    device = next(model.parameters()).device
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    was = model.training
+    model.eval()
+    try:
+        starts = list(range(0, len(rows), batch))
+        for start in starts[: limit or None]:
+            made = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
+            with autocast(precision, device):
+                loss = objective(model, {name: x.to(device) for name, x in made.items()})
+            for name, (value, count) in loss.metrics.items():
+                sums[name] = sums.get(name, 0) + value.double()
+                counts[name] = counts.get(name, 0) + count
+    finally:
+        model.train(was)
+    means = {name: float(sums[name] / counts[name]) for name in sums}
+    nats = means["nats"]
+    perplexity = math.exp(nats) if nats < 700 else math.inf
+    return {"nats": nats, "perplexity": perplexity, "accuracy": means["correct"], "tokens": int(counts["nats"])}
+
+
+def _rate(t: Train, step: int) -> float:
+    return factor(t.schedule, step, t.steps, warmup=t.warmup, decay=t.decay, final=t.final)
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step == steps or bool(every and step % every == 0)
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may change between the runs of one training."""
+    data = recipe.to_dict()
+    data.pop("out")
+    data["data"].pop("cache")
+    data["train"] = {name: value for name, value in data["train"].items() if name not in Train.free}
+    return data
+
+
+def _same_recipe(saved: dict[str, Any], given: dict[str, Any], where: str) -> None:
+    def flat(data: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(data, dict):
+            return {path: data}
+        return {k: v for name, value in data.items() for k, v in flat(value, f"{path}.{name}".lstrip(".")).items()}
+
+    a, b = flat(saved), flat(given)
+    different = [path for path in dict.fromkeys([*a, *b]) if a.get(path) != b.get(path)]
+    if different:
+        path = different[0]
+        raise SpecError(
+            f"{path} was {a.get(path)!r} in the run to resume and is {b.get(path)!r} now",
+            where=where,
+            remedy="resume with the same recipe, or start anew in another out",
+        )

@@ -1,0 +1,100 @@
+"""AdamW with the usual groups, clipping without waiting for the device, and an averaged copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.errors import BuildError
+from dovetail.parts.weights import Linear, Lookup
+
+
+def adamw(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2017) over the parameters that take gradients.
+
+    Decay is for matrices: vectors (norms, biases) and lookup tables have none. Each group carries `peak`, its
+    own top rate: lr times what the init scheme says of the role (muP). Raises BuildError when nothing is trainable.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    done: set[int] = set()
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            flat = parameter.dim() < 2 or isinstance(module, nn.Embedding)
+            scale = _scale(module, path) if parameter.dim() >= 2 else 1.0
+            groups.setdefault((lr * scale, 0.0 if flat else weight_decay), []).append(parameter)
+    if not groups:
+        raise BuildError("no parameter of this model takes gradients")
+    listed = [{"params": p, "lr": peak, "peak": peak, "weight_decay": wd} for (peak, wd), p in groups.items()]
+    return torch.optim.AdamW(listed, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group at `factor` times its own peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scales all gradients to a joint norm of at most `limit` (0: only measures); the norm before, on the device.
+
+    Pascanu et al. 2013, algorithm 1.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # type: ignore[arg-type]
+    if limit:
+        # A tensor factor: the host never waits for the norm.
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp_max(1.0))
+    return norm
+
+
+class Average:
+    """Exponential moving average of the weights: shadow = decay · shadow + (1 − decay) · weight."""
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], decay: float):
+        self.decay = decay
+        self.live = dict(named)
+        self.shadow = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.live.values()), 1.0 - self.decay)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, shadow in self.shadow.items():
+            shadow.copy_(tensors[name])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Trades places with the live weights; called again, it undoes itself."""
+        for name, shadow in self.shadow.items():
+            held = self.live[name].detach().clone()
+            self.live[name].copy_(shadow)
+            shadow.copy_(held)
+
+
+def _scale(module: nn.Module, path: str) -> float:
+    """The init scheme's factor on the rate of a linear map or a lookup table; 1 for anything else."""
+    scheme: Any = getattr(getattr(module, "slot", None), "init", None)
+    if scheme is None:
+        return 1.0
+    if isinstance(module, Lookup):
+        return scheme.lr_scale(module.role, module.num_embeddings, module.embedding_dim)
+    if not isinstance(module, Linear):
+        return 1.0
+    scales = {scheme.lr_scale(role, module.in_features, width) for role, width in module.parts}
+    if len(scales) > 1:
+        raise BuildError(
+            f"{scheme.kind} wants different rates for maps that are fused in one weight", where=path,
+            remedy="use a scheme whose rate depends on fan_in alone",
+        )  # fmt: skip
+    return scales.pop()

@@ -1,0 +1,181 @@
+"""Before a run: what the model will see, whether it fits, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from dovetail.data import Batches, Sampler
+from dovetail.data.rows import IGNORED, Rows, collate
+from dovetail.errors import DataError
+from dovetail.hub.load import read_config
+from dovetail.models import build
+from dovetail.training.device import autocast, choose, peak_memory, peak_rate, precision, total_memory
+from dovetail.training.flops import parameter_count
+from dovetail.training.memory import METHODS, Estimate, estimate, remedies, train_flops
+from dovetail.training.recipe import Recipe
+from dovetail.training.setup import Parts, hub_folder, load_tokenizer, model_spec, set_up
+
+_SHOWN = 256  # tokens of the first row that are printed
+_MFU = 0.4  # what a tuned run reaches; times without a dry run assume it and say so
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `preflight` found. estimates: full fine-tuning, LoRA and QLoRA with the recipe's batch and length.
+
+    dry_run: {"seconds", "peak_bytes"} of the longest batch forward and backward, or None when it would not fit.
+    hours: for the recipe's steps. fits: whether full training does, on one device.
+    """
+
+    recipe: Recipe
+    parameters: int
+    device: str
+    estimates: tuple[Estimate, ...]
+    advice: tuple[str, ...]
+    batch: dict[str, Tensor] | None
+    pieces: tuple[str, ...]
+    dry_run: dict[str, float] | None
+    hours: float
+
+    @property
+    def fits(self) -> bool:
+        return self.estimates[0].fits
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters,
+            "device": self.device,
+            "fits": self.fits,
+            "estimates": [
+                {"method": e.method, "total_bytes": e.total, "devices": e.devices, "sharded": e.sharded, "each": e.each}
+                for e in self.estimates
+            ],
+            "advice": list(self.advice),
+            "labels": None if self.batch is None else int((self.batch["labels"] != IGNORED).sum()),
+            "tokens": None if self.batch is None else self.batch["tokens"].numel(),
+            "dry_run": self.dry_run,
+            "hours": self.hours,
+        }
+
+    def __rich__(self) -> Group:
+        t = self.recipe.train
+        parts: list[Any] = [] if self.batch is None else [_coloured(self.batch, self.pieces), ""]
+        table = Table("", "one device", "devices", "all devices", box=None, header_style="bold", title_justify="left")
+        table.title = f"{self.parameters:,} parameters, {t.batch} x {t.length} tokens a device, {self.device}"
+        for e in self.estimates:
+            alone = sum(e.sharded.values()) + sum(v for k, v in e.each.items() if k != "gathered blocks")
+            style = "green" if e.fits else "red"
+            table.add_row(
+                e.method,
+                f"{alone / 1e9:,.2f} GB",
+                str(e.devices or "none is enough"),
+                f"{e.total / 1e9:,.2f} GB",
+                style=style,
+            )
+        parts.append(table)
+        if self.dry_run is not None:
+            seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
+            parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")
+        how = "from the dry run" if self.dry_run else f"at an assumed MFU of {_MFU:.0%}"
+        parts.append(f"{t.steps} steps of {t.accumulate} x {t.batch} rows: {_span(self.hours)} ({how})")
+        parts.extend(Text(f"does not fit; try {line}", style="yellow") for line in self.advice)
+        return Group(*parts)
+
+
+def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | tuple[str, ...] = ()) -> Preflight:
+    """Looks before the leap; writes nothing but the cached tokens. The result prints itself with rich.
+
+    Raises UserErrors for what the recipe asks, DataError for a first batch without labels.
+    """
+    recipe = Recipe.load(source, overrides)
+    t = recipe.train
+    device = choose(t.device)
+    model = _on_paper(recipe)
+    room = total_memory(device)
+    same = {"batch": t.batch, "length": t.length, "checkpointing": t.checkpointing}
+    estimates = tuple(estimate(model, method, device_bytes=room, **same) for method in METHODS)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    about = f"{name} with {room / 1e9:,.0f} GB"
+    if not estimates[0].fits:
+        advice = tuple(remedies(model, estimates[0], **same))
+        peak, _ = peak_rate(device, torch.bfloat16)
+        work = train_flops(model, "full", t.length, t.checkpointing) * t.batch * t.length * t.accumulate * t.steps
+        hours = work / (peak * _MFU) / 3600
+        return Preflight(recipe, parameter_count(model), about, estimates, advice, None, (), None, hours)
+    parts = set_up(recipe)
+    rows = parts.rows(parts.train)
+    batch = Batches(rows, Sampler(len(rows), t.seed), t.batch).next()
+    check_labels(batch, recipe.objective)
+    dry = dry_run(parts, rows)
+    pieces = tuple(parts.tokenizer.decode([i], skip_special=False) for i in batch["tokens"][0, :_SHOWN].tolist())
+    hours = dry["seconds"] * t.accumulate * t.steps / 3600
+    return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours)
+
+
+def check_labels(batch: dict[str, Tensor], objective: Any) -> None:
+    """Raises DataError for a batch from which nothing can be learnt."""
+    empty = [name for name, count in objective.counts(batch).items() if not count]
+    if empty:
+        raise DataError(
+            f"the first batch has no label for {', '.join(empty)}: nothing would be learnt",
+            where=f"{batch['tokens'].shape[0]} rows of {batch['tokens'].shape[1]} tokens",
+            remedy="documents of one token have nothing to predict; check the corpus and its field or separator",
+        )
+
+
+def dry_run(parts: Parts, rows: Rows) -> dict[str, float]:
+    """Forward and backward of the longest batch, after one to warm up: {"seconds", "peak_bytes"}."""
+    t = parts.recipe.train
+    objective: Any = parts.recipe.objective
+    chosen = precision(t.autocast, parts.device)
+    batch = {name: x.to(parts.device) for name, x in collate([rows[rows.longest()]] * t.batch).items()}
+    parts.model.train()
+    if parts.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(parts.device)
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with autocast(chosen, parts.device):
+            loss = objective(parts.model, batch).total()
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+        parts.model.zero_grad(set_to_none=True)
+    return {"seconds": seconds, "peak_bytes": float(peak_memory(parts.device))}
+
+
+def _on_paper(recipe: Recipe) -> Any:
+    """The recipe's model on the meta device."""
+    if isinstance(recipe.model, dict):
+        return build(model_spec(recipe, load_tokenizer(recipe)), weights=False)
+    return build(read_config(hub_folder(recipe.model))[0], weights=False)
+
+
+def _coloured(batch: dict[str, Tensor], pieces: tuple[str, ...]) -> Text:
+    """The first row: green where a token is predicted from those before it, dim where it is only read."""
+    tokens, labels = batch["tokens"][0].tolist(), batch["labels"][0].tolist()
+    learnt = int((batch["labels"] != IGNORED).sum())
+    text = Text(f"first batch: {batch['tokens'].numel()} tokens, {learnt} labels; first row, ")
+    text.append("predicted", style="green")
+    text.append(" / ")
+    text.append("only read", style="dim red")
+    text.append("\n")
+    for i, piece in enumerate(pieces):
+        predicted = i > 0 and labels[i - 1] == tokens[i]
+        text.append(piece, style="green" if predicted else "dim red")
+    return text
+
+
+def _span(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:,.1f} h"

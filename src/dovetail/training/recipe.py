@@ -1,0 +1,179 @@
+"""Recipes: what a run is, in YAML. Strict: an unknown key is an error that names the nearest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from dovetail.data.corpus import CorpusPart
+from dovetail.errors import SpecError, did_you_mean
+from dovetail.objectives.base import ObjectivePart
+from dovetail.objectives.next_token import NextToken
+from dovetail.spec.spec import validate
+
+
+class Section(BaseModel):
+    """Base of the parts of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Data(Section):
+    """train: the corpus. held_out: what evaluation reads; none unless given.
+
+    pack: "documents" fills rows with documents that do not see each other; "none" gives each document rows of
+    its own. cache: folder for token sets; DOVETAIL_CACHE or ~/.cache/dovetail unless given.
+    """
+
+    train: CorpusPart
+    held_out: CorpusPart | None = None
+    pack: Literal["documents", "none"] = "documents"
+    cache: str | None = None
+
+
+class TokenizerTraining(Section):
+    """A byte-level BPE of `train` ids, trained on the training corpus."""
+
+    train: int = Field(ge=258)
+
+
+class Train(Section):
+    """How it is trained.
+
+    steps: optimiser steps. batch: rows in a micro-batch; accumulate: micro-batches in a step. length: tokens in a row.
+    lr: peak rate; warmup: steps of linear rise; schedule: its course after that, down to `final` times lr; decay: the
+    last share of steps in which "wsd" falls. clip: largest gradient norm (0: none). ema: decay of an averaged copy of
+    the weights, which is then what is evaluated and exported (0: none). autocast: "auto" takes bf16 where the device
+    computes it faster. save_every, eval_every, log_every: in steps (0: only at the end). keep: checkpoints that stay.
+    eval_batches: at most so many held-out batches (0: all).
+    """
+
+    steps: int = Field(ge=1)
+    batch: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    length: int = Field(default=512, ge=2)
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    decay: float = Field(default=0.2, gt=0, le=1)
+    final: float = Field(default=0.1, ge=0, le=1)
+    clip: float = Field(default=1.0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    autocast: Literal["auto", "none", "bf16"] = "auto"
+    compile: bool = False
+    checkpointing: bool = False
+    save_every: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
+    eval_batches: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    keep: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+
+    # What may differ between the runs of one training: it changes no weight of the steps both share.
+    free: ClassVar[tuple[str, ...]] = ("save_every", "eval_every", "eval_batches", "log_every", "keep")
+
+
+class Recipe(Section):
+    """model: a spec (its vocab is the tokenizer's unless given) or a checkpoint directory. tokenizer: a directory
+    with tokenizer.json, {train: ids}, or the checkpoint's own. out: the folder that the run writes.
+    """
+
+    model: dict[str, Any] | str
+    data: Data
+    tokenizer: TokenizerTraining | str | None = None
+    objective: ObjectivePart = NextToken()
+    train: Train
+    out: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    @staticmethod
+    def parse(data: Any, where: str = "recipe") -> Recipe:
+        """Raises SpecError naming the key, the place and the nearest known key."""
+        if not isinstance(data, dict):
+            raise SpecError("a recipe is a mapping", where=where, remedy="see recipes/tiny.yaml")
+        data = dict(data)
+        for name, section in (("data", Data), ("train", Train), ("tokenizer", TokenizerTraining)):
+            if isinstance(data.get(name), dict):
+                data[name] = validate(section, data[name], where=name)
+        return validate(Recipe, data)
+
+    @staticmethod
+    def load(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+        """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError."""
+        if isinstance(source, Recipe):
+            source = source.to_dict()
+        data = read_yaml(Path(source)) if isinstance(source, (str, Path)) else _copy(source)
+        if not isinstance(data, dict):
+            raise SpecError("a recipe is a mapping", where=str(source), remedy="see recipes/tiny.yaml")
+        for text in overrides:
+            _assign(data, text)
+        return Recipe.parse(data, str(source) if isinstance(source, (str, Path)) else "recipe")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 as a number, as YAML 1.2 does; PyYAML wants 3.0e-4."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """Raises SpecError for a file that is missing or is not YAML."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"not YAML: {error}", where=str(path)) from None
+
+
+def _assign(data: dict[str, Any], text: str) -> None:
+    """Sets `a.b.c=value` in nested mappings, making what is not there; the schema then judges the names."""
+    path, sign, value = text.partition("=")
+    steps = path.strip().split(".")
+    if not sign or not all(steps):
+        raise SpecError(f"{text!r} is not an override", remedy="write key=value, e.g. train.steps=40")
+    if steps[0] not in Recipe.model_fields:
+        raise SpecError(f"a recipe has no {steps[0]!r}", where=text, remedy=did_you_mean(steps[0], Recipe.model_fields))
+    here: Any = data
+    for step in steps[:-1]:
+        if isinstance(here, dict) and not isinstance(here.get(step), (dict, list)) and here.get(step) is None:
+            here[step] = {}
+        here = here.get(step) if isinstance(here, dict) else _item(here, step, text)
+        if not isinstance(here, (dict, list)):
+            raise SpecError(f"{step!r} holds {here!r}, which has no {steps[-1]!r}", where=text)
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the value is not YAML: {error}", where=text) from None
+    if isinstance(here, list):
+        _item(here, steps[-1], text)
+        here[int(steps[-1])] = parsed
+    else:
+        here[steps[-1]] = parsed
+
+
+def _item(items: Any, step: str, text: str) -> Any:
+    try:
+        return items[int(step)]
+    except (ValueError, IndexError, TypeError):
+        raise SpecError(f"{step!r} matches none of {len(items)} entries", where=text) from None
+
+
+def _copy(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {k: _copy(v) for k, v in data.items()}
+    return [_copy(v) for v in data] if isinstance(data, (list, tuple)) else data

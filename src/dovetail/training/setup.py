@@ -1,0 +1,136 @@
+"""From a recipe to what a run needs: tokenizer, token sets, model."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dovetail import hub
+from dovetail.data import Corpus, DocumentRows, PackedRows, TokenSet, cache_folder, prepare, train_tokenizer
+from dovetail.data.rows import Rows
+from dovetail.errors import SpecError
+from dovetail.hub.save import COMPANIONS
+from dovetail.models import build
+from dovetail.parts.containers import StackModule
+from dovetail.spec import Spec, entry
+from dovetail.training.device import choose
+from dovetail.training.recipe import Recipe, TokenizerTraining
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe is made of once it stands. held_out is None without a held-out corpus."""
+
+    recipe: Recipe
+    device: torch.device
+    tokenizer: hub.Tokenizer
+    model: Any
+    train: TokenSet
+    held_out: TokenSet | None
+
+    def rows(self, tokens: TokenSet) -> Rows:
+        length = self.recipe.train.length
+        return PackedRows(tokens, length) if self.recipe.data.pack == "documents" else DocumentRows(tokens, length)
+
+
+def set_up(recipe: Recipe) -> Parts:
+    """Tokenizer, token sets and the model on its device, everything seeded. Raises UserErrors."""
+    device = choose(recipe.train.device)
+    seed_all(recipe.train.seed)
+    tokenizer = load_tokenizer(recipe)
+    model = make_model(recipe, tokenizer).to(device)
+    for module in model.modules():
+        if isinstance(module, StackModule):
+            module.checkpointing = recipe.train.checkpointing
+    train = prepare(_corpus(recipe.data.train), tokenizer, recipe.data.cache)
+    held_out = None
+    if recipe.data.held_out is not None:
+        held_out = prepare(_corpus(recipe.data.held_out), tokenizer, recipe.data.cache)
+    return Parts(recipe, device, tokenizer, model, train, held_out)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (parts of a user's own may draw from it)
+
+
+def tokenizer_folder(recipe: Recipe) -> Path:
+    """Where the recipe's tokenizer is; trained into the cache on first use. Raises SpecError."""
+    wanted = recipe.tokenizer
+    if isinstance(wanted, TokenizerTraining):
+        corpus = _corpus(recipe.data.train)
+        name = hashlib.sha256(f"{corpus.fingerprint()}{wanted.train}".encode()).hexdigest()[:24]
+        folder = cache_folder(recipe.data.cache) / "tokenizers" / name
+        if not (folder / "tokenizer.json").is_file():
+            train_tokenizer(corpus.documents(), wanted.train, folder)
+        return folder
+    if wanted is not None:
+        return Path(wanted)
+    if isinstance(recipe.model, str):
+        return hub_folder(recipe.model)
+    raise SpecError(
+        "a new model and no tokenizer", where="tokenizer", remedy="give {train: 4096}, or a directory with a tokenizer"
+    )
+
+
+def load_tokenizer(recipe: Recipe) -> hub.Tokenizer:
+    return hub.load_tokenizer(tokenizer_folder(recipe))
+
+
+def copy_tokenizer(recipe: Recipe, out: Path) -> None:
+    """The tokenizer's files into the run's folder, so that its checkpoints are whole."""
+    source = tokenizer_folder(recipe)
+    for name in COMPANIONS:
+        if (source / name).is_file() and source.resolve() != out.resolve():
+            shutil.copyfile(source / name, out / name)
+
+
+def hub_folder(path: str) -> Path:
+    from dovetail.hub.remote import resolve
+
+    return resolve(path)
+
+
+def model_spec(recipe: Recipe, tokenizer: hub.Tokenizer) -> Spec:
+    """The spec of a new model: vocab and context are the tokenizer's and the rows' unless given. Raises SpecError."""
+    assert isinstance(recipe.model, dict)
+    data = dict(recipe.model)
+    known = entry("model", str(data.get("kind"))).cls.model_fields
+    if "vocab" in known:
+        data.setdefault("vocab", tokenizer.vocab_size)
+    if "context" in known:
+        data.setdefault("context", recipe.train.length)
+    spec = Spec.parse("model", data, where="model")
+    check_vocab(spec, tokenizer)
+    return spec
+
+
+def make_model(recipe: Recipe, tokenizer: hub.Tokenizer) -> Any:
+    """A new model from the recipe's spec and seed, or a checkpoint in fp32 (autocast rounds, masters do not)."""
+    if isinstance(recipe.model, dict):
+        return build(model_spec(recipe, tokenizer), seed=recipe.train.seed)
+    model = hub.load(recipe.model, dtype=torch.float32)
+    check_vocab(model.spec, tokenizer)
+    return model
+
+
+def check_vocab(spec: Any, tokenizer: hub.Tokenizer) -> None:
+    if getattr(spec, "vocab", tokenizer.vocab_size) < tokenizer.vocab_size:
+        raise SpecError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {spec.vocab}",
+            where="model.vocab",
+            remedy="leave vocab out, or train a smaller tokenizer",
+        )
+
+
+def _corpus(spec: Any) -> Corpus:
+    assert isinstance(spec, Corpus)
+    return spec

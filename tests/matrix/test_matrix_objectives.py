@@ -1,0 +1,54 @@
+"""The shared matrix, part 5: objectives count before they run, add up over micro-batches, and go by position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.spec import Entry, Spec
+from matrix.harness import VOCAB, all_entries, close, example, gradients, name, subject, tokens
+
+OBJECTIVES = [e for e in all_entries() if e.category == "objective"]
+each = pytest.mark.parametrize("e", OBJECTIVES, ids=name)
+
+
+def ragged() -> dict[str, Tensor]:
+    """Three rows with 7, 4 and 1 labels; the rest is ignored."""
+    labels = torch.randint(0, VOCAB, (3, 7))
+    labels[1, 4:] = -100
+    labels[2, 1:] = -100
+    return {"tokens": tokens(3, 7), "labels": labels}
+
+
+@each
+def test_counts_are_known_before_the_model_runs(e: Entry) -> None:
+    objective, batch = Spec.parse(e.category, example(e)), ragged()
+    loss = objective(subject("model", "decoder"), batch)  # type: ignore[operator]
+    assert objective.counts(batch) == {term: int(t.count) for term, t in loss.terms.items()}  # type: ignore[attr-defined]
+    assert loss.scope == objective.scope  # type: ignore[attr-defined]
+
+
+@each
+def test_micro_batches_add_up(e: Entry) -> None:
+    """8 rows at once == 8 rows one by one, forward and gradient, where the objective says that tokens add up."""
+    objective, batch, model = Spec.parse(e.category, example(e)), ragged(), subject("model", "decoder")
+    if objective.scope != "token":  # type: ignore[attr-defined]
+        pytest.skip("a batch-scope loss must not be split")
+    counts = objective.counts(batch)  # type: ignore[attr-defined]
+    whole = objective(model, batch).total(counts)  # type: ignore[operator]
+    rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    split = torch.stack([objective(model, row).total(counts) for row in rows]).sum()  # type: ignore[operator]
+    close(split[None], whole[None], 1e-12)
+    a, b = gradients(model, split), gradients(model, whole)
+    for key in a:
+        close(a[key], b[key], 1e-12, key)
+
+
+@each
+def test_ignored_labels_give_nothing(e: Entry) -> None:
+    objective, batch, model = Spec.parse(e.category, example(e)), ragged(), subject("model", "decoder")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    total = objective(model, batch).total()  # type: ignore[operator]
+    assert total == 0
+    assert all(g.abs().max() == 0 for g in gradients(model, total).values())

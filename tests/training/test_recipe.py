@@ -1,0 +1,102 @@
+"""Recipes: strict, overridable, and the shipped ones parse; schedules and FLOPs by their formulas."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dovetail as dt
+from dovetail.errors import SpecError
+from dovetail.training import Recipe
+from dovetail.training.flops import flops_per_token, parameter_count
+from dovetail.training.schedules import factor
+from training.small import recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", ["tiny", "pydoc"])
+def test_shipped_recipes_parse(name: str) -> None:
+    read = Recipe.load(RECIPES / f"{name}.yaml", ["train.steps=40", "train.lr=1e-3", "out=somewhere"])
+    assert (read.train.steps, read.train.lr, read.out) == (40, 1e-3, "somewhere")
+    assert Recipe.load(read.to_dict()) == read
+
+
+def test_overrides_reach_everything(tmp_path: Path) -> None:
+    data = recipe(tmp_path)
+    read = Recipe.load(
+        data,
+        [
+            "train.betas=[0.8, 0.9]",
+            "model.blocks.mixer={kind: attention, heads: 2}",
+            "objective={kind: next_token, z: 1e-4}",
+        ],
+    )
+    assert read.train.betas == (0.8, 0.9) and read.model["blocks"]["mixer"]["heads"] == 2  # type: ignore[index]
+    assert read.objective.z == 1e-4  # type: ignore[attr-defined]
+    assert data["train"].get("betas") is None  # the source is left as it was
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.stpes=3", "(?s)'stpes'.*did you mean 'steps'"),
+        ("trian.steps=3", "(?s)'trian'.*did you mean 'train'"),
+        ("data.train.paht=x", "(?s)'paht'.*did you mean 'path'"),
+        ("objective={kind: next_tokn}", "(?s)next_tokn.*did you mean 'next_token'"),
+        ("train.schedule=cosin", "(?s)'cosin'.*train.schedule"),
+        ("train.steps=many", "(?s)'many'.*train.steps"),
+        ("train.steps=0", "train.steps"),
+        ("tokenizer.train=12", "tokenizer.train"),
+        ("train.steps", "not an override"),
+        ("train.steps.deep=3", "deep"),
+        ("train.lr=[1", "not YAML"),
+    ],
+)
+def test_typos_are_named(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Recipe.load(recipe(tmp_path), [override])
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: [1, 2")
+    (tmp_path / "b.yaml").write_text("- 1")
+    for name, message in [("nowhere.yaml", "nowhere"), ("a.yaml", "not YAML"), ("b.yaml", "mapping")]:
+        with pytest.raises(SpecError, match=message):
+            Recipe.load(tmp_path / name)
+
+
+def test_schedules() -> None:
+    def course(name: str, **more: float) -> list[float]:
+        return [factor(name, i, 100, warmup=10, **more) for i in range(100)]  # type: ignore[arg-type]
+
+    for name in ("cosine", "linear", "wsd", "constant"):
+        rates = course(name, final=0.1)
+        assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+        assert all(a >= b for a, b in itertools.pairwise(rates[9:])) and rates[10] == pytest.approx(1, abs=2e-2)
+        assert rates[-1] == pytest.approx(1.0 if name == "constant" else 0.1)
+    cosine = course("cosine", final=0.0)
+    assert cosine[40] == pytest.approx(0.5 * (1 + math.cos(math.pi * 30 / 89)))
+    wsd = course("wsd", decay=0.25, final=0.0)
+    assert wsd[74] == 1.0 and wsd[75] == pytest.approx(24 / 25) and wsd[-1] == 0.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_equal_torchs_counter(tied: bool) -> None:
+    spec = {
+        "kind": "decoder", "vocab": 50, "dim": 32, "depth": 3,
+        "blocks": {"mixer": {"kind": "attention", "heads": 4, "kv_heads": 2}},
+        "head": {"kind": "ref", "path": "embedding"} if tied else "linear",
+    }  # fmt: skip
+    model = dt.build(spec)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.zeros(2, 16, dtype=torch.long))
+    # torch counts the whole square of a causal attention
+    assert flops_per_token(model, 16, causal=False) * 32 == counter.get_total_flops()
+    assert flops_per_token(model, 16, train=True) == 3 * flops_per_token(model, 16)
+    assert parameter_count(model) == sum(p.numel() for p in model.parameters())
