@@ -79,7 +79,9 @@ def speed(out: Path | None) -> None:
         case = f"causal B{B} H{H} T{T} D{D}"
         with torch.no_grad():
             forward = interleaved({n: _often(run) for n, run in ways.items()}, rounds=10, warmup=2)
-        steps = {n: (lambda run=run, g=g, q=q, k=k, v=v: torch.autograd.grad(run(), (q, k, v), g)) for n, run in ways.items()}
+        steps = {
+            n: (lambda run=run, g=g, q=q, k=k, v=v: torch.autograd.grad(run(), (q, k, v), g)) for n, run in ways.items()
+        }
         both = interleaved({n: _often(run) for n, run in steps.items()}, rounds=10, warmup=2)
         for what, times, work in (("fwd", forward, flop), ("fwd+bwd", both, 3.5 * flop)):
             rate = {n: REPEAT * work / t[0] / 1e12 for n, t in times.items()}

@@ -24,7 +24,9 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads{', AMX' if amx else ''}"
 
 
-def interleaved(cases: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, tuple[float, float]]:
+def interleaved(
+    cases: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
+) -> dict[str, tuple[float, float]]:
     """Seconds of each case, (median, spread): cases take turns, so that a slow minute hits all of them alike."""
     for _ in range(warmup):
         for run in cases.values():
@@ -40,10 +42,20 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int = 5, warmup: in
     return {name: (statistics.median(t), max(t) - min(t)) for name, t in times.items()}
 
 
-def row(case: str, metric: str, ours: float, theirs: float, peer: str, *, smaller: bool = False, **more: Any) -> dict[str, Any]:
+def row(
+    case: str, metric: str, ours: float, theirs: float, peer: str, *, smaller: bool = False, **more: Any
+) -> dict[str, Any]:
     """One result; ratio is above 1 where ours is better."""
     ratio = theirs / ours if smaller else ours / theirs
-    return {"case": case, "metric": metric, "ours": ours, "peer": peer, "theirs": theirs, "ratio": round(ratio, 3), **more}
+    return {
+        "case": case,
+        "metric": metric,
+        "ours": ours,
+        "peer": peer,
+        "theirs": theirs,
+        "ratio": round(ratio, 3),
+        **more,
+    }
 
 
 def write(name: str, rows: list[dict[str, Any]], command: str, out: Path | None = None) -> None:
@@ -67,7 +79,9 @@ def write(name: str, rows: list[dict[str, Any]], command: str, out: Path | None 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     for r in rows:
-        print(f"{r['case']:42} {r['metric']:12} ours {r['ours']:>10.4g}  {r['peer']} {r['theirs']:>10.4g}  ratio {r['ratio']}")
+        print(
+            f"{r['case']:42} {r['metric']:12} ours {r['ours']:>10.4g}  {r['peer']} {r['theirs']:>10.4g}  ratio {r['ratio']}"
+        )
 
 
 def _sync() -> None:

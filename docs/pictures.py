@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dovetail.kernels.attention import Coords, Side
+from dovetail.kernels.attention import Side
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
 from dovetail.parts.position.rotary import plain_frequencies
@@ -124,7 +124,12 @@ def init(spec: Any) -> Figure:
     """Histograms of what is drawn for four roles, in layer 0 of 12 at width 512."""
     figure, ax = _axes("weight", "density")
     slot = Slot(dim=512, depth=12, head_dim=64)
-    for role, shape in (("query", (512, 512)), ("in", (2048, 512)), ("residual", (512, 2048)), ("embedding", (1000, 512))):
+    for role, shape in (
+        ("query", (512, 512)),
+        ("in", (2048, 512)),
+        ("residual", (512, 2048)),
+        ("embedding", (1000, 512)),
+    ):
         weight = torch.empty(shape)
         spec.draw(weight, role, shape[1], shape[0], slot, torch.Generator().manual_seed(0))
         std = float(weight.std())

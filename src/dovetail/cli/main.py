@@ -12,6 +12,7 @@ from rich.console import Console
 from dovetail.cli.app import app
 from dovetail.errors import DovetailError, UserError
 
+
 def main() -> None:
     """Entry point: takes --debug and --import FILE anywhere, then runs a command."""
     argv, debug, imports = _split(sys.argv[1:])
@@ -81,4 +82,3 @@ def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
 
 def _plain(value: Any) -> str:
     return str(value).replace("[", "\\[")
-

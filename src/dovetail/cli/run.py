@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dovetail.cli.inspect import AllowKey, Json, _device, _read
 from dovetail.cli.app import app
+from dovetail.cli.inspect import AllowKey, Json, _device, _read
 from dovetail.errors import UserError
 
 console = Console()

@@ -14,6 +14,7 @@ from dovetail.parts.feedforward.glu import Glu
 from dovetail.parts.init import Scaled
 from dovetail.parts.norm import LayerNorm, RmsNorm
 from dovetail.parts.state import Room
+from dovetail.parts.weights import Drops
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import FeedForwardPart, MixerPart, NormPart
 
@@ -36,7 +37,7 @@ class Block(Spec):
         return BlockModule(self, slot)
 
 
-class BlockModule(nn.Module):
+class BlockModule(Drops):
     """The branches in order: mixer, cross, feedforward. `join` says how each meets the stream."""
 
     norms = ("norm",)  # name prefixes of the norms that each branch has
@@ -57,7 +58,7 @@ class BlockModule(nn.Module):
             for prefix in self.norms:
                 if getattr(self, branch) is not None:
                     self.add_module(f"{prefix}_{branch}", inner.build(spec.norm, f"{prefix}_{branch}"))
-        self.dropout = nn.Dropout(spec.dropout)
+        self.drop = spec.dropout
 
     def new_state(self, room: Room) -> dict[str, Any]:
         state = {"mixer": self.mixer.new_state(room)}
@@ -81,6 +82,10 @@ class BlockModule(nn.Module):
             x = self.join(x, "feedforward", self.feedforward)
         return x
 
+    def normed(self, branch: str, x: Tensor, which: str = "norm") -> Tensor:
+        """x through one of a branch's norms."""
+        return getattr(self, f"{which}_{branch}")(x)
+
     def join(self, x: Tensor, branch: str, run: Any) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not say how branches join")
 
@@ -95,7 +100,7 @@ class PreNorm(Block):
 
 class PreNormModule(BlockModule):
     def join(self, x: Tensor, branch: str, run: Any) -> Tensor:
-        return x + self.dropout(run(getattr(self, f"norm_{branch}")(x)))
+        return x + self.dropout(run(self.normed(branch, x)))
 
 
 @register("block", "post", oracle="transformers bart", source="Vaswani et al. 2017, section 3.1")
@@ -110,7 +115,7 @@ class PostNorm(Block):
 
 class PostNormModule(BlockModule):
     def join(self, x: Tensor, branch: str, run: Any) -> Tensor:
-        return getattr(self, f"norm_{branch}")(x + self.dropout(run(x)))
+        return self.normed(branch, x + self.dropout(run(x)))
 
 
 @register("block", "sandwich", oracle="transformers gemma2", source="Ding et al. 2021 (CogView), section 2.3; Gemma 2")
@@ -125,7 +130,7 @@ class SandwichModule(BlockModule):
     norms = ("norm", "after")
 
     def join(self, x: Tensor, branch: str, run: Any) -> Tensor:
-        return x + getattr(self, f"after_{branch}")(self.dropout(run(getattr(self, f"norm_{branch}")(x))))
+        return x + self.normed(branch, self.dropout(run(self.normed(branch, x))), "after")
 
 
 @register(
@@ -151,11 +156,11 @@ class ParallelModule(BlockModule):
 
     def forward(self, x: Tensor, ctx: Context, state: dict[str, Any] | None = None) -> Tensor:
         own, other = (None, None) if state is None else (state["mixer"], state.get("cross"))
-        out = x + self.dropout(self.mixer(self.norm_mixer(x), ctx, own))
+        out = x + self.dropout(self.mixer(self.normed("mixer", x), ctx, own))
         if self.cross is not None:
-            out = out + self.dropout(self.cross(self.norm_cross(x), ctx, other))
+            out = out + self.dropout(self.cross(self.normed("cross", x), ctx, other))
         if self.feedforward is not None:
-            out = out + self.dropout(self.feedforward(self.norm_feedforward(x)))
+            out = out + self.dropout(self.feedforward(self.normed("feedforward", x)))
         return out
 
 
@@ -190,4 +195,4 @@ class DeepNormModule(BlockModule):
         self.alpha = alpha
 
     def join(self, x: Tensor, branch: str, run: Any) -> Tensor:
-        return getattr(self, f"norm_{branch}")(self.alpha * x + self.dropout(run(x)))
+        return self.normed(branch, self.alpha * x + self.dropout(run(x)))

@@ -17,6 +17,7 @@ from dovetail.parts.norm import RmsNorm
 from dovetail.parts.position.base import NoPosition, check_hooks
 from dovetail.parts.reversible import run_reversible
 from dovetail.parts.state import Room, State
+from dovetail.parts.weights import Drops
 from dovetail.spec import Slot, Spec, entry_of, register
 from dovetail.spec.categories import BlockPart, NormPart, PositionPart
 from dovetail.spec.paths import fold, selected
@@ -70,13 +71,13 @@ class Stack(Spec):
         return StackModule(self, slot)
 
 
-class StackModule(nn.Module):
+class StackModule(Drops):
     def __init__(self, spec: Stack, slot: Slot):
         super().__init__()
         self.position = slot.build(spec.position, "position")
         check_hooks(self.position, frozenset({"embed"}), spec.position.kind, f"{slot.path}.position".lstrip("."))
         self.norm_in = None if spec.norm_in is None else slot.build(spec.norm_in, "norm_in")
-        self.dropout = nn.Dropout(spec.dropout)
+        self.drop = spec.dropout
         self.streams = spec.streams
         self.blocks = nn.ModuleList()
         for i, block in enumerate(spec.blocks):

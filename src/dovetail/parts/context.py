@@ -83,7 +83,7 @@ class Context:
 
     @property
     def side(self) -> Side:
-        return Side(self.order, self.segments, self.positions)
+        return self.once("side", lambda: Side(self.order, self.segments, self.positions))
 
     def bind(self, rule: Mask, at: Coords | None = None) -> BoundMask:
         """`rule` over coordinates (the tokens themselves unless given), with documents kept apart.
@@ -92,11 +92,15 @@ class Context:
         """
         at = self.coords if at is None else at
         apart = at.q.segments is not None and at.k.segments is not None
-        return self.once(("mask", id(rule), id(at)), lambda: BoundMask(Both(rule, _DOCUMENT) if apart else rule, at))
+        if id(rule) not in at.memo:
+            at.memo[id(rule)] = BoundMask(Both(rule, _DOCUMENT) if apart else rule, at)
+        return at.memo[id(rule)]
 
     def narrowed(self, mask: BoundMask, rule: Mask) -> BoundMask:
         """`mask` with `rule` on top; one for all layers that ask with the same objects."""
-        return self.once(("mask", id(rule), id(mask)), lambda: BoundMask(Both(mask.rule, rule), mask.at))
+        if id(rule) not in mask.memo:
+            mask.memo[id(rule)] = BoundMask(Both(mask.rule, rule), mask.at)
+        return mask.memo[id(rule)]
 
     @property
     def coords(self) -> Coords:

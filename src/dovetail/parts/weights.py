@@ -70,6 +70,15 @@ class Linear(nn.Linear):
         return y if self.multiplier == 1.0 else y * self.multiplier
 
 
+class Drops(nn.Module):
+    """Base of modules that drop entries while training: no call at all where `drop` is 0."""
+
+    drop: float = 0.0
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.drop) if self.drop and self.training else x
+
+
 class Lookup(nn.Embedding):
     """Rows by number: W (count, dim)."""
 

@@ -21,6 +21,7 @@ class Side:
     order: Tensor
     segments: Tensor | None = None
     positions: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # tables of these positions
 
     def rows(self) -> Side:
         """As queries: a trailing axis to broadcast against keys."""
@@ -44,6 +45,7 @@ class Coords:
     q: Side
     k: Side
     aligned: bool = False
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # masks over these coordinates
 
     def distance(self, axis: int = 0) -> Tensor:
         """k_pos - q_pos along one position axis, (B,T,S)."""
@@ -84,7 +86,7 @@ class BoundMask:
 
     rule: Rule
     at: Coords
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def full(self) -> bool:

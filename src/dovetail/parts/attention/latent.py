@@ -111,7 +111,7 @@ class LatentModule(nn.Module):
             return self._expanded(q, q_turned, latent, k_turned, self.rule, at, ctx)
         raw = self.position.caches == "raw"
         if not raw:
-            fresh = ctx.once(("fresh", id(state.timeline)), lambda: Coords(ctx.side, ctx.side))
+            fresh = ctx.once("fresh", lambda: Coords(ctx.side, ctx.side))
             q_turned, k_turned = self.position.rotate(q_turned, k_turned, fresh, ctx)
         stored, none = torch.cat([latent[:, :, None], k_turned], -1), x.new_empty(*x.shape[:2], 1, 0)
         stored, _, step = state.append(stored, none)

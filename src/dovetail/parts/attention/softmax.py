@@ -150,7 +150,7 @@ class AttentionModule(nn.Module):
             q_raw, k_raw = q, k
             q, k = self.position.rotate(q, k, at, ctx)
             return self._finish(q, k, v, q_raw, k_raw, self.rule, at, ctx)
-        fresh = ctx.once(("fresh", id(state.timeline)), lambda: Coords(ctx.side, ctx.side))
+        fresh = ctx.once("fresh", lambda: Coords(ctx.side, ctx.side))
         raw = self.position.caches == "raw"
         q_raw = q
         if not raw:
@@ -200,7 +200,7 @@ class AttentionModule(nn.Module):
             xq, xk = self.position.embed_qk(x, keys, ctx)
             k, v = self._memory(xk, values)
         q = self._heads(self.q(xq), self.heads, "q")
-        at = ctx.once(("memory", id(segments), k.shape[1]), lambda: _memory_coords(ctx, k.shape[1], segments))
+        at = ctx.once(("memory", k.shape[1]), lambda: _memory_coords(ctx, k.shape[1], segments))
         rule = _FULL if segments is None else _PADDING
         return self._finish(q, k, v, q, k, rule, at, ctx)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dovetail.parts.activation import Silu
-from dovetail.parts.weights import Linear
+from dovetail.parts.weights import Drops, Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import ActivationPart
 
@@ -32,13 +32,13 @@ class Glu(Spec):
         return self.hidden or -(-8 * dim // 3 // 8) * 8
 
 
-class GluModule(nn.Module):
+class GluModule(Drops):
     def __init__(self, spec: Glu, slot: Slot):
         super().__init__()
         hidden = spec.width(slot.dim)
         self.gate_up = Linear(slot.dim, 2 * hidden, slot=slot, bias=spec.bias, parts=[("in", hidden), ("in", hidden)])
         self.activation = slot.build(spec.activation, "activation", dim=hidden)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.drop = spec.dropout
         self.down = Linear(hidden, slot.width_out, slot=slot, bias=spec.bias, role="residual")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dovetail.parts.activation import Gelu
-from dovetail.parts.weights import Linear
+from dovetail.parts.weights import Drops, Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import ActivationPart
 
@@ -27,13 +27,13 @@ class Mlp(Spec):
         return self.hidden or 4 * dim
 
 
-class MlpModule(nn.Module):
+class MlpModule(Drops):
     def __init__(self, spec: Mlp, slot: Slot):
         super().__init__()
         hidden = spec.width(slot.dim)
         self.up = Linear(slot.dim, hidden, slot=slot, bias=spec.bias)
         self.activation = slot.build(spec.activation, "activation", dim=hidden)
-        self.dropout = nn.Dropout(spec.dropout)
+        self.drop = spec.dropout
         self.down = Linear(hidden, slot.width_out, slot=slot, bias=spec.bias, role="residual")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class ReRopeModule(RopeModule):
     ) -> list[Region]:
         near_q, near_k = super().rotate(q.transpose(1, 2), k.transpose(1, 2), mask.at, ctx)
         reach = ctx.once(("rerope", self.window), lambda: self._side(q.device))
-        far_q = turn(q.transpose(1, 2), *self.tables(reach, q.dtype, ctx, mask.at.k), self.rope.layout)
+        far_q = turn(q.transpose(1, 2), *self.tables(reach, q.dtype, mask.at.k), self.rope.layout)
         return [
             Region(near_k.transpose(1, 2), v, ctx.narrowed(mask, self.near), score, near_q.transpose(1, 2)),
             Region(k, v, ctx.narrowed(mask, self.far), score, far_q.transpose(1, 2)),

@@ -78,24 +78,25 @@ class RopeModule(PositionModule):
         return self
 
     def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
-        longest = at.k if self.caches == "raw" else None
+        ends = at.k if self.caches == "raw" else None
         return (
-            turn(q, *self.tables(at.q, q.dtype, ctx, longest), self.rope.layout),
-            turn(k, *self.tables(at.k, k.dtype, ctx, longest), self.rope.layout),
+            turn(q, *self.tables(at.q, q.dtype, ends), self.rope.layout),
+            turn(k, *self.tables(at.k, k.dtype, ends), self.rope.layout),
         )
 
-    def tables(
-        self, side: Side, dtype: torch.dtype, ctx: Context, longest: Side | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin (B|1,T,1,dim/2) for the positions of a side, computed once a forward for all equal ropes."""
+    def tables(self, side: Side, dtype: torch.dtype, ends: Side | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin (B|1,T,1,dim/2) for the positions of a side, computed once a forward for all equal ropes.
+
+        ends: the keys whose farthest position tells the length in play; the side itself unless given.
+        """
         positions = side.positions
         assert positions is not None
 
         def make() -> tuple[Tensor, Tensor]:
             inverse, factor = self.inverse, self.factor
             if self.scaling is not None and self.scaling.needs_length:
-                ends = side if longest is None else longest
-                reached = torch.where(ends.order < FAR, ends.positions[..., 0], 0)  # type: ignore[index]
+                far = side if ends is None else ends
+                reached = torch.where(far.order < FAR, far.positions[..., 0], 0)  # type: ignore[index]
                 length = reached.amax(-1)[:, None, None] + 1  # each row's own, so that its neighbours do not matter
                 inverse, factor = self.scaling.frequencies(
                     self.dim, self.rope.theta, self.context, length, positions.device
@@ -103,8 +104,10 @@ class RopeModule(PositionModule):
             angle = self.angles(positions, inverse)
             return (angle.cos() * factor).to(dtype)[:, :, None], (angle.sin() * factor).to(dtype)[:, :, None]
 
-        key = (*self.key, dtype, id(positions), id(longest and longest.positions))
-        return ctx.once(key, make)
+        key = (*self.key, dtype, ends is None)
+        if key not in side.memo:
+            side.memo[key] = make()
+        return side.memo[key]
 
     def angles(self, positions: Tensor, inverse: Tensor) -> Tensor:
         """(B,T,A) positions times frequencies (dim/2,) -> (B,T,dim/2), fp32. Text has one axis."""

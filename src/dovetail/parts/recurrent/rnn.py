@@ -144,7 +144,7 @@ class RecurrentModule(nn.RNNBase):
     def _documents(self, x: Tensor, ctx: Context, state: VectorState | None) -> Tensor:
         segments = ctx.segments
         assert segments is not None
-        cut: Cut = ctx.once(("documents", id(segments)), lambda: Cut.of(segments.expand(x.shape[:2])))
+        cut: Cut = ctx.once("documents", lambda: Cut.of(segments.expand(x.shape[:2])))
         y = x.new_zeros(*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
         if not cut.alive:
             return y

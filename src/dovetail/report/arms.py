@@ -1,0 +1,180 @@
+"""Arms: one model had in several ways, each scored on the same questions; and when an order between two is claimed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import SpecError, UserError
+from dovetail.report import heal as healing
+from dovetail.report.measure import Quality, divergence, quality, token_nats
+from dovetail.report.recipe import Arm, tokens_of
+from dovetail.spec import override
+from dovetail.surgery import Transplant, transplant
+
+Stage = Literal["as it is", "healed"]
+STAGES: tuple[Stage, ...] = ("as it is", "healed")
+_KL_TOKENS = 4096
+
+
+@dataclass
+class Trial:
+    """What came of one arm. nats: for each stage, (rows, length) of each seed. models: of the first seed.
+
+    transplant: None where nothing was swapped. random: stages whose result depends on the seed.
+    """
+
+    arm: Arm
+    length: int
+    see: int | None
+    stride: int | None
+    transplant: Transplant | None
+    models: dict[Stage, Any] = field(default_factory=dict)
+    nats: dict[Stage, list[Tensor]] = field(default_factory=dict)
+    quality: dict[Stage, list[Quality]] = field(default_factory=dict)
+    seeds: dict[Stage, tuple[int, ...]] = field(default_factory=dict)
+    random: dict[Stage, bool] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Stage:
+        """The last stage that the arm went through."""
+        return "healed" if "healed" in self.models else "as it is"
+
+    def mean(self, stage: Stage) -> float:
+        """nats/token, averaged over seeds."""
+        return sum(q.nats for q in self.quality[stage]) / len(self.quality[stage])
+
+    def spread(self, stage: Stage) -> float | None:
+        """Largest less smallest nats/token over seeds; 0 where no seed matters, None where one was run and matters."""
+        values = [q.nats for q in self.quality[stage]]
+        if not self.random[stage]:
+            return 0.0
+        return max(values) - min(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an arm stands to its rival. gap: rival's nats/token less the arm's, so above 0 the arm is better.
+
+    spread: over seeds, the larger of the two arms'; None when it is not known. error: standard error of the gap over
+    rows of text. outcome: claimed only where the gap exceeds twice both.
+    """
+
+    arm: str
+    rival: str
+    stage: Stage
+    outcome: Literal["beats its trivial rival", "loses to its trivial rival", "unresolved"]
+    gap: float
+    spread: float | None
+    error: float | None
+
+
+def run(
+    base: Any,
+    arm: Arm,
+    rows: Tensor,
+    seeds: Sequence[int],
+    *,
+    stride: int | None = None,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Trial:
+    """Makes the arm from `base` and scores it on rows (R, length + 1); with heal, before and after it.
+
+    stride: step of truncated windows. tell: is told what begins.
+    """
+    context = getattr(base.spec, "context", None)
+    see = None if arm.truncate is None else tokens_of(arm.truncate, context)
+    if see is not None and see >= rows.shape[1] - 1:
+        raise SpecError(
+            f"truncating rows of {rows.shape[1] - 1} tokens to {see} changes nothing",
+            where=f"arm {arm.name!r}",
+            remedy="leave truncate out, or score at a longer length",
+        )
+    trial = Trial(arm, rows.shape[1] - 1, see, stride if see is not None else None, None)
+    for seed in seeds:
+        tell(f"{arm.name}" + (f", seed {seed}" if trial.random.get("as it is") or arm.heal else ""))
+        model, done = _make(base, arm, seed)
+        drawn = done is not None and bool(done.reinitialised)
+        if seed == seeds[0] or drawn:
+            trial.transplant = trial.transplant or done
+            _score(trial, "as it is", model, base, rows, seed, drawn)
+        if arm.heal is not None:
+            model = healing.heal(model, arm.heal, seed)
+            _score(trial, "healed", model, base, rows, seed, True)
+        elif not drawn:
+            break
+    return trial
+
+
+def untested(base: Any, arm: Arm, length: int, seed: int) -> Trial:
+    """The arm made (and healed) without a score, where there is nothing to score it on."""
+    model, done = _make(base, arm, seed)
+    trial = Trial(arm, length, None, None, done, {"as it is": model})
+    if arm.heal is not None:
+        trial.models["healed"] = healing.heal(model, arm.heal, seed)
+    return trial
+
+
+def judge(arm: Trial, rival: Trial, stage: Stage) -> Verdict:
+    """The order of two trials of the same questions. Raises UserError when they were asked different ones."""
+    ours, theirs = arm.nats[stage], rival.nats[stage]
+    if ours[0].shape != theirs[0].shape:
+        raise UserError(f"{arm.arm.name!r} and {rival.arm.name!r} were scored on different rows")
+    gap = rival.mean(stage) - arm.mean(stage)
+    known = [t.spread(stage) for t in (arm, rival)]
+    spread = None if None in known else max(s for s in known if s is not None)
+    by_row = torch.stack([x.double().mean(1) for x in theirs]).mean(0) - torch.stack(
+        [x.double().mean(1) for x in ours]
+    ).mean(0)
+    error = float(by_row.std()) / math.sqrt(len(by_row)) if len(by_row) > 1 else None
+    outcome = "unresolved"
+    if spread is not None and error is not None and abs(gap) > 2 * max(spread, error):
+        outcome = "beats its trivial rival" if gap > 0 else "loses to its trivial rival"
+    return Verdict(arm.arm.name, rival.arm.name, stage, outcome, gap, spread, error)  # type: ignore[arg-type]
+
+
+def verdicts(trials: Sequence[Trial]) -> list[Verdict]:
+    """Every arm against every rival that names it, stage by stage."""
+    by_name = {trial.arm.name: trial for trial in trials}
+    return [
+        judge(by_name[other], trial, stage)
+        for trial in trials
+        for other in trial.arm.rival_of
+        for stage in STAGES
+        if stage in trial.nats and stage in by_name[other].nats
+    ]
+
+
+def _make(base: Any, arm: Arm, seed: int) -> tuple[Any, Transplant | None]:
+    if not (arm.swap or arm.fresh):
+        return base, None
+    done = transplant(base, override(base.spec, arm.swap), seed=seed, fresh=arm.fresh, rival=arm.redraw)
+    if arm.redraw and not done.reinitialised:
+        raise SpecError(
+            "redraw changes nothing: no weight map of this swap is approximate",
+            where=f"arm {arm.name!r}",
+            remedy="leave it out, or name what starts anew in fresh",
+        )
+    return done.model, done
+
+
+def _score(trial: Trial, stage: Stage, model: Any, base: Any, rows: Tensor, seed: int, drawn: bool) -> None:
+    nats = token_nats(model, rows, see=trial.see, stride=trial.stride)
+    first = stage not in trial.nats
+    kl = None
+    if first and model is not base:
+        context = min(getattr(base.spec, "context", None) or trial.length, trial.length)
+        kl = divergence(model, base, rows[: max(1, _KL_TOKENS // context), :context])
+    least = trial.length if trial.see is None else trial.see - (trial.stride or max(1, trial.see // 2)) + 1
+    seen = (trial.length, trial.length) if trial.see is None else (least, trial.see)
+    trial.nats.setdefault(stage, []).append(nats)
+    trial.quality.setdefault(stage, []).append(quality(nats, context=seen, kl=kl))
+    trial.seeds[stage] = (*trial.seeds.get(stage, ()), seed)
+    trial.random[stage] = drawn
+    if first:
+        trial.models[stage] = model

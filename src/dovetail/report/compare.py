@@ -1,0 +1,255 @@
+"""compare: the arms of a recipe side by side, on the same questions; a report for people and one for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dovetail.data import Corpus
+from dovetail.errors import SpecError
+from dovetail.hub import files, load, load_tokenizer
+from dovetail.hub.remote import resolve
+from dovetail.report import arms, html, render
+from dovetail.report.cost import Cost, Job, costs, machine, versions
+from dovetail.report.measure import Quality, device_of
+from dovetail.report.plain import plain
+from dovetail.report.recipe import Comparison, tokens_of
+from dovetail.report.text import encoded, recut, rows_within, tokens_hash
+from dovetail.sampling import generate
+from dovetail.spec import diff
+from dovetail.surgery import Move
+from dovetail.training.device import choose
+
+_CLAIMS = (
+    "An order is claimed only where the gap exceeds twice the spread over seeds (largest less smallest) and twice the "
+    "standard error of the gap over rows of text."
+)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm at one stage. nats: mean over seeds. spread: over seeds (0: no seed matters; None: one seed, matters).
+
+    see: tokens that the model is shown at a time, where truncated. quality: of each seed. diff, moves: of the swap.
+    """
+
+    name: str
+    stage: arms.Stage
+    length: int
+    see: int | None
+    nats: float
+    spread: float | None
+    seeds: tuple[int, ...]
+    quality: tuple[Quality, ...]
+    cost: Cost
+    diff: tuple[tuple[str, Any, Any], ...]
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    arm: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that a comparison found. rows: in the format of docs/results. text: corpus and hashes."""
+
+    name: str
+    title: str
+    date: str
+    device: str
+    versions: Mapping[str, str]
+    command: str
+    context: int | None
+    spec: Mapping[str, Any]
+    text: Mapping[str, Any]
+    arms: tuple[ArmResult, ...]
+    verdicts: tuple[arms.Verdict, ...]
+    claims: str
+    samples: tuple[Sample, ...]
+    samples_are: str
+    recipe: Mapping[str, Any]
+    out: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON, with `rows`."""
+        return plain(self) | {"rows": _rows(self)}
+
+    def __rich__(self) -> Any:
+        return render.comparison(self)
+
+    def __str__(self) -> str:
+        return render.as_text(self)
+
+
+def compare(
+    recipe: str | Path | Mapping[str, Any] | Comparison,
+    out: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    quiet: bool = False,
+) -> Result:
+    """Runs the arms of a recipe, prints what was found, and writes index.html and report.json into `out`.
+
+    recipe: a YAML file or plain data (see `Comparison`). overrides: `data.tokens=8192`, `arms.0.length=2x`.
+    out: the recipe's own unless given. quiet: nothing on the terminal.
+    Raises SpecError for a recipe that does not fit, DataError for a text too short, RunError for a disk full.
+    """
+    asked = recipe if isinstance(recipe, Comparison) else Comparison.load(_source(recipe), overrides)
+    source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
+    command = " ".join(["dovetail compare", source, *overrides])
+    folder = resolve(asked.model.path)
+    tokenizer = load_tokenizer(folder)
+    model = load(folder, dtype=asked.model.dtype, device=choose(asked.model.device))
+    console = Console(stderr=True, quiet=quiet)
+    bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading", total=len(asked.arms) + 3)
+
+        def begin(what: str, done: int) -> None:
+            progress.update(task, description=what, completed=done)
+
+        result = _compare(asked, model, tokenizer, command, str(out or asked.out), begin)
+    with files.atomic_folder(Path(result.out)) as scratch:
+        (scratch / "index.html").write_text(html.page(result), encoding="utf-8")
+        data = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        (scratch / "report.json").write_text(data + "\n", encoding="utf-8")
+    if not quiet:
+        screen = Console(highlight=False)
+        if not screen.is_terminal:  # a file or a pipe has no width of its own
+            screen = Console(highlight=False, width=140)
+        screen.print(result)
+        screen.print(f"\nreport: {Path(result.out) / 'index.html'}", soft_wrap=True)
+    return result
+
+
+def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: str, begin: Any) -> Result:
+    context = getattr(model.spec, "context", None)
+    lengths = {arm.name: tokens_of(arm.length, context) for arm in asked.arms}
+    corpus = asked.data.corpus
+    assert isinstance(corpus, Corpus)
+    documents = [encoded(tokenizer, text)[0] for text in corpus.documents()]
+    longest = rows_within(documents, max(lengths.values()), asked.data.tokens)
+    rows = {length: recut(longest, length) for length in set(lengths.values())}
+    stride = None if asked.stride is None else tokens_of(asked.stride, context)
+    trials = []
+    for i, arm in enumerate(asked.arms):
+        say = lambda what, i=i: begin(what, 1 + i)  # noqa: E731
+        trials.append(arms.run(model, arm, rows[lengths[arm.name]], asked.seeds, stride=stride, tell=say))
+    begin("timing", len(asked.arms) + 1)
+    jobs = {t.arm.name: Job(t.models[t.last], longest[:1, : t.see or t.length]) for t in trials}
+    peers = _first_of_length({t.arm.name: t.length for t in trials})
+    spent = costs(jobs, against=peers, new=asked.speed.new, rounds=asked.speed.rounds)
+    begin("samples", len(asked.arms) + 2)
+    found = tuple(_arm(trial, stage, spent[trial.arm.name], model) for trial in trials for stage in trial.nats)
+    size = spent[asked.arms[0].name].size.parameters
+    return Result(
+        name=asked.name,
+        title=f"{asked.model.path}: {size:,} parameters"
+        + ("" if context is None else f", trained at {context} tokens"),
+        date=datetime.date.today().isoformat(),
+        device=machine(device_of(model)),
+        versions=versions(),
+        command=command,
+        context=context,
+        spec=model.spec.to_dict(),
+        text={
+            "corpus": corpus.to_dict(),
+            "text_sha256": corpus.fingerprint(),
+            "tokens_sha256": tokens_hash(longest),
+            "tokens": longest.shape[0] * (longest.shape[1] - 1),
+        },
+        arms=found,
+        verdicts=tuple(arms.verdicts(trials)),
+        claims=_CLAIMS,
+        samples=_samples(asked, trials, tokenizer),
+        samples_are=f"greedy, {asked.sample_tokens} tokens, from a model of {size:,} parameters; no measure of quality",
+        recipe=plain(asked),
+        out=out,
+    )
+
+
+def _arm(trial: arms.Trial, stage: arms.Stage, cost: Cost, base: Any) -> ArmResult:
+    model = trial.models[stage]
+    return ArmResult(
+        name=named(trial.arm.name, stage),
+        stage=stage,
+        length=trial.length,
+        see=trial.see,
+        nats=trial.mean(stage),
+        spread=trial.spread(stage),
+        seeds=trial.seeds[stage],
+        quality=tuple(trial.quality[stage]),
+        cost=cost,
+        diff=tuple(diff(base.spec, model.spec)),
+        moves=() if trial.transplant is None else tuple(trial.transplant.moves),
+    )
+
+
+def _first_of_length(lengths: Mapping[str, int]) -> dict[str, str]:
+    """For each name, the first one of the same length: what its speed is set against."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(length, name) for name, length in lengths.items()}
+
+
+def named(arm: str, stage: str) -> str:
+    """What an arm is called at a stage."""
+    return arm if stage == "as it is" else f"{arm}, {stage}"
+
+
+def _samples(asked: Comparison, trials: list[arms.Trial], tokenizer: Any) -> tuple[Sample, ...]:
+    """Greedy continuations by every model that differs from the ones before."""
+    out, seen = [], []
+    for trial in trials:
+        model = trial.models[trial.last]
+        if any(model is other for other in seen):
+            continue
+        seen.append(model)
+        for prompt in asked.samples:
+            text = generate(model, tokenizer, prompt, max_new_tokens=asked.sample_tokens, temperature=0.0)
+            out.append(Sample(named(trial.arm.name, trial.last), prompt, text))
+    return tuple(out)
+
+
+def _rows(result: Result) -> list[dict[str, Any]]:
+    """Rows in the format of docs/results: every arm against its rival, its speed against the first arm of its length."""
+    by_name = {arm.name: arm for arm in result.arms}
+    peers = _first_of_length({arm.name: arm.length for arm in result.arms})
+    out: list[dict[str, Any]] = []
+    for v in result.verdicts:
+        ours, theirs = by_name[named(v.arm, v.stage)], by_name[named(v.rival, v.stage)]
+        row = {"case": ours.name, "metric": "nats/token", "ours": ours.nats, "spread": v.spread, "peer": theirs.name}
+        ratio = theirs.nats / ours.nats if ours.nats else None
+        out.append(row | {"theirs": theirs.nats, "ratio": ratio, "seeds": list(ours.seeds), "outcome": v.outcome})
+    for arm in result.arms:
+        for kind in ("prefill", "decode"):
+            first = by_name[peers[arm.name]]
+            if arm.cost.speed is None or arm is first:
+                continue
+            ours, theirs = (getattr(a.cost.speed, kind) for a in (arm, first))
+            row = {
+                "case": arm.name,
+                "metric": f"{kind} tokens/s",
+                "ours": ours.tokens_per_second,
+                "spread": ours.spread,
+            }
+            out.append(row | {"peer": first.name, "theirs": theirs.tokens_per_second, "ratio": ours.ratio})
+    return out
+
+
+def _source(recipe: str | Path | Mapping[str, Any]) -> str | Path | dict[str, Any]:
+    if isinstance(recipe, Mapping):
+        return dict(recipe)
+    if not Path(recipe).is_file():
+        raise SpecError(f"no recipe {str(recipe)!r}", remedy="give a YAML file, e.g. recipes/first.yaml")
+    return recipe

@@ -1,0 +1,233 @@
+"""What a model costs: parameters, operations, bytes of state, tokens per second, peak memory. Measured, not declared."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.report.measure import device_of, evaluating
+from dovetail.training.flops import flops_per_token, parameter_count
+
+_TURN = 0.02  # seconds
+
+
+@dataclass(frozen=True)
+class Size:
+    """length: tokens in play, for which the rest is said. parameters: scalars, shared ones once. weight_bytes: theirs.
+
+    flops_per_token: forward, averaged over a row of `length`. state_bytes: what decoding remembers of `length` tokens
+    of one row. state_bytes_per_token: growth of that per further token (0 for windows and recurrences).
+    """
+
+    length: int
+    parameters: int
+    weight_bytes: int
+    flops_per_token: float
+    state_bytes: int
+    state_bytes_per_token: float
+
+
+@dataclass(frozen=True)
+class Rate:
+    """tokens/s: median over rounds. ratio: median over rounds of this rate by that of the model it is set against, in
+    the same round (1 for itself). spread, ratio_spread: half the distance between the quartiles of each."""
+
+    tokens_per_second: float
+    spread: float
+    ratio: float
+    ratio_spread: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """prompt: tokens read at once (prefill). new: tokens then made one by one (decode), batch 1."""
+
+    prompt: int
+    new: int
+    prefill: Rate
+    decode: Rate
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes above what was there before, at the highest point; None where it cannot be read. how: what was read."""
+
+    bytes: int | None
+    how: str
+
+
+def size(model: Any, length: int) -> Size:
+    """Counts and bytes of one model at `length` tokens."""
+    small, large = (model.new_state(1, n).nbytes() for n in (length, 2 * length))
+    return Size(
+        length,
+        parameter_count(model),
+        sum(p.nbytes for p in model.parameters()),
+        flops_per_token(model, length),
+        small,
+        (large - small) / length,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All of it; speed and memory are None where they were not measured."""
+
+    size: Size
+    speed: Speed | None = None
+    memory: Memory | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and the prompt (1,T) that it is timed on."""
+
+    model: Any
+    prompt: Tensor
+
+
+def costs(jobs: Mapping[str, Job], *, against: Mapping[str, str], new: int = 32, rounds: int = 7) -> dict[str, Cost]:
+    """Everything about each job, at the length of its prompt.
+
+    Jobs of equal spec and length are measured once. against: for each job, the one that its ratios refer to.
+    rounds: 0 leaves speed and memory out. Raises RunError and BuildError as decoding does.
+    """
+    first: dict[tuple[str, int], str] = {}
+    same = {
+        name: first.setdefault((str(job.model.spec.to_dict()), job.prompt.shape[1]), name) for name, job in jobs.items()
+    }
+    apart = {name: jobs[name] for name in dict.fromkeys(same.values())}
+    sizes = {name: size(job.model, job.prompt.shape[1]) for name, job in apart.items()}
+    if not rounds:
+        return {name: Cost(sizes[same[name]]) for name in jobs}
+    rates = measured_rates(apart, new, rounds)
+    memory = {name: peak_memory(job.model, job.prompt) for name, job in apart.items()}
+    out = {}
+    for name, job in jobs.items():
+        prefill, decode = (_rate(a, b) for a, b in zip(rates[same[name]], rates[same[against[name]]], strict=True))
+        speed = Speed(job.prompt.shape[1], new, prefill, decode)
+        out[name] = Cost(sizes[same[name]], speed, memory[same[name]])
+    return out
+
+
+def measured_rates(jobs: Mapping[str, Job], new: int, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Tokens/s of prefill and decode of each job in each round, measured in turns in this process.
+
+    Every round gives every job one turn, beginning with another one each time, after one turn that does not count.
+    A turn repeats a short job for about 20 ms. Decoding is greedy, batch 1, eager.
+    """
+    names = list(jobs)
+    for name in names:
+        _time(jobs[name], new)
+    repeats = {name: max(1, min(20, round(_TURN / sum(_time(jobs[name], new))))) for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            took = [_time(jobs[name], new) for _ in range(repeats[name])]
+            times[name].append((sum(t for t, _ in took) / len(took), sum(t for _, t in took) / len(took)))
+    return {
+        name: ([job.prompt.shape[1] / t for t, _ in times[name]], [new / t for _, t in times[name]])
+        for name, job in jobs.items()
+    }
+
+
+def peak_memory(model: Any, prompt: Tensor) -> Memory:
+    """Memory of one prefill of `prompt` (B,T) with its state and last logits, above the weights."""
+    device = device_of(model)
+    with evaluating(model):
+        _prefill(model, prompt.to(device), 0)  # what is allocated once and kept
+        return _peak(lambda: _prefill(model, prompt.to(device), 0), device)
+
+
+def machine(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    import dovetail
+
+    return {"dovetail": dovetail.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@torch.inference_mode()
+def _prefill(model: Any, prompt: Tensor, new: int) -> tuple[Any, Tensor]:
+    state = model.new_state(prompt.shape[0], prompt.shape[1] + new)
+    h = model(prompt, state=state, logits=False).last_hidden_state
+    return state, model.head(h[:, -1:]).argmax(-1)
+
+
+@torch.inference_mode()
+def _time(job: Job, new: int) -> tuple[float, float]:
+    """Seconds of the prefill and of `new` steps after it."""
+    device = device_of(job.model)
+    prompt = job.prompt.to(device)
+    with evaluating(job.model):
+        _wait(device)
+        begin = time.perf_counter()
+        state, token = _prefill(job.model, prompt, new)
+        _wait(device)
+        middle = time.perf_counter()
+        for _ in range(new):
+            token = job.model(token, state=state).logits.argmax(-1)
+        _wait(device)
+        return middle - begin, time.perf_counter() - middle
+
+
+def _rate(rates: list[float], others: list[float]) -> Rate:
+    ratios = [a / b for a, b in zip(rates, others, strict=True)]
+    return Rate(statistics.median(rates), _spread(rates), statistics.median(ratios), _spread(ratios), len(rates))
+
+
+def _spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> Memory:
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return Memory(torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated, less before")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed pages that glibc still holds would hide what is taken next
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: begins a new high-water mark
+        before = _status("VmRSS")
+        run()
+        return Memory(max(0, _status("VmHWM") - before), "resident set: high-water mark (VmHWM), less before")
+    except OSError:
+        return Memory(None, "not measured: this system keeps no resident-set high-water mark that can be reset")
+
+
+def _status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(key)
+    return int(found[1]) * 1024

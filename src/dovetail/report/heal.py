@@ -1,0 +1,56 @@
+"""Healing: a short training after a swap, by the training room's own loop."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dovetail import hub
+from dovetail.errors import UserError
+from dovetail.report.measure import device_of
+from dovetail.report.recipe import Heal
+from dovetail.training import Recipe, fit
+from dovetail.training.recipe import Data
+
+
+def heal(model: Any, how: Heal, seed: int) -> Any:
+    """`model` trained on as `how` says, as a new model of the same dtype and device; `model` stays as it is.
+
+    seed: of the order of the rows. Raises UserError for a model without a checkpoint's tokenizer, RunError as
+    training does.
+    """
+    origin = getattr(model, "origin", None)
+    if origin is None:
+        raise UserError(
+            "healing needs a tokenizer, and this model came from no checkpoint",
+            remedy="save it beside a tokenizer (dt.save(..., tokenizer_from=folder)) and load it again",
+        )
+    weight = next(model.parameters())
+    with tempfile.TemporaryDirectory(prefix="dovetail-heal-") as scratch, _same_random_numbers():
+        start, end = Path(scratch) / "start", Path(scratch) / "end"
+        hub.save(model, start, format="dovetail", tokenizer_from=origin.folder)
+        train = how.train.model_copy(update={"seed": seed, "device": str(device_of(model))})
+        data = Data(train=how.data)  # type: ignore[arg-type]
+        fit(Recipe(model=str(start), data=data, train=train, out=str(end)), progress=False)
+        healed = hub.load(end, dtype=weight.dtype, device=weight.device)
+    healed.origin = origin
+    return healed
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Training seeds the global generators; outside they go on as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,180 @@
+"""A comparison as one self-contained page: nothing is fetched, light and dark both read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from dovetail.report import plots
+from dovetail.report.render import averaged, kl, merged, rate, si
+
+if TYPE_CHECKING:
+    from dovetail.report.compare import ArmResult, Result
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1f24; --soft: #5c6470; --paper: #fff; --line: #d9dde3; --good: #1a7f4b;
+  --bad: #c0312f; --open: #9a6b00; --tint: #f5f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #9aa3af; --paper: #15181c; --line: #333a43;
+  --good: #58c98b; --bad: #ff7b72; --open: #e3b341; --tint: #1d2126; } }
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.55 system-ui, "PingFang SC", "Noto Sans CJK SC", sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, td.text, th.text { text-align: left; } td.text { white-space: normal; }
+thead th { color: var(--soft); font-weight: 600; }
+svg { max-width: 100%; height: auto; } svg text { font-family: inherit; }
+.beats { color: var(--good); } .loses { color: var(--bad); font-weight: 600; } .unresolved { color: var(--open); }
+pre, code { font: 13px/1.5 ui-monospace, monospace; } pre { background: var(--tint); padding: .7rem; overflow-x: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere; } details { margin: .5rem 0; } summary { cursor: pointer; }
+"""
+
+
+def page(result: Result) -> str:
+    """The whole page as text."""
+    lengths = list(dict.fromkeys(arm.length for arm in result.arms))
+    body = [
+        f"<h1>{escape(result.name)}</h1><p>{escape(result.title)}</p>",
+        f'<p class="soft">{escape(result.date)} · {escape(result.device)} · '
+        + escape(", ".join(f"{k} {v}" for k, v in result.versions.items()))
+        + f" · <code>{escape(result.command)}</code></p>",
+        *(part for length in lengths for part in _by_position(result, length)),
+        "<h2>State and speed</h2>" + _costs(result.arms),
+        '<p class="soft">State: bytes that decoding one row remembers. Speed: medians of rounds in which every arm took '
+        "its turn in one process, batch 1, eager; in brackets the median ratio to the first arm of the same length, round by round. "
+        f"Peak memory: of a prefill, above the weights{_memory_note(result)}.</p>",
+        "<h2>Quality against cost</h2>" + _quality_cost(result),
+        "<h2>Orders</h2>" + _verdicts(result) + f'<p class="soft">{escape(result.claims)}</p>',
+        "<h2>What was changed</h2>" + _changes(result.arms),
+        "<h2>Text, model, recipe</h2>" + _sources(result),
+    ]
+    if result.samples:
+        body.append(f"<h2>Samples</h2><p>{escape(result.samples_are)}.</p>" + _samples(result))
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(result.name)}</title>'
+    )
+    return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(body)}</body></html>\n'
+
+
+def _by_position(result: Result, length: int) -> list[str]:
+    here = [arm for arm in result.arms if arm.length == length]
+    times = "" if result.context is None else f", {length / result.context:g}x the trained context"
+    series = {
+        arm.name: (
+            [(b.start + b.stop - 1) / 2 for b in averaged(arm)],
+            [b.nats for b in averaged(arm)],
+        )
+        for arm in here
+    }
+    mark = result.context if result.context is not None and result.context < length else None
+    plot = plots.lines(series, x="position in the row, tokens", y="nats/token", mark=mark, mark_is="trained context")
+    spans = (f"{b.start}-{b.stop - 1}" for b in merged(averaged(here[0])))
+    head = ["arm", "nats/token", "spread over seeds", "seeds", *spans, "KL from the model as it was"]
+    rows = []
+    for arm in here:
+        spread = "unknown" if arm.spread is None else f"{arm.spread:.4f}" if arm.spread else "no seed matters"
+        cells = [f"{b.nats:.3f}" for b in merged(averaged(arm))]
+        rows.append([arm.name, f"{arm.nats:.4f}", spread, ", ".join(map(str, arm.seeds)), *cells, kl(arm)])
+    tokens = here[0].quality[0].tokens
+    note = (
+        f'<p class="soft">{tokens:,} tokens scored, the same for every arm; averages over seeds. KL is over rows within '
+        "the trained context, in nats/token, of the first seed."
+    )
+    seen = [a for a in here if a.see is not None]
+    for arm in seen:
+        least, most = arm.quality[0].context
+        note += f" {escape(arm.name)} sees {least} to {most} tokens deep in a row."
+    return [
+        f"<h2>Loss by position: rows of {length} tokens{escape(times)}</h2>",
+        plot,
+        table(head, rows),
+        note + "</p>",
+    ]
+
+
+def _costs(arms: Iterable[ArmResult]) -> str:
+    head = ["arm", "parameters", "FLOPs/token", "state bytes/token", "state, bytes", "at tokens", "prefill tokens/s",
+            "decode tokens/s", "peak memory, bytes"]  # fmt: skip
+    rows = []
+    for arm in arms:
+        if arm.stage != "as it is":
+            continue  # healing changes no cost
+        s, speed, memory = arm.cost.size, arm.cost.speed, arm.cost.memory
+        rows.append([
+            arm.name, f"{s.parameters:,}", si(s.flops_per_token),
+            "0" if arm.see is not None else f"{s.state_bytes_per_token:,.0f}", f"{s.state_bytes:,}", f"{s.length:,}",
+            "" if speed is None else rate(speed.prefill), "" if speed is None else rate(speed.decode),
+            "" if memory is None or memory.bytes is None else f"{memory.bytes:,}",
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def _memory_note(result: Result) -> str:
+    hows = dict.fromkeys(arm.cost.memory.how for arm in result.arms if arm.cost.memory is not None)
+    return escape("".join(f" ({how})" for how in hows))
+
+
+def _quality_cost(result: Result) -> str:
+    series = {f"{arm.name} ({arm.length})": (float(arm.cost.size.state_bytes), arm.nats) for arm in result.arms}
+    return plots.points(series, x="state, bytes (log)", y="nats/token")
+
+
+def _verdicts(result: Result) -> str:
+    rows = []
+    for v in result.verdicts:
+        stage = "" if v.stage == "as it is" else f", {v.stage}"
+        spread = "unknown: one seed" if v.spread is None else f"{v.spread:.4f}"
+        error = "unknown: one row" if v.error is None else f"{v.error:.4f}"
+        word = f'<span class="{v.outcome.split()[0]}">{escape(v.outcome)}</span>'
+        rows.append([escape(v.arm + stage), word, escape(v.rival + stage), f"{v.gap:+.4f}", spread, error])
+    head = ["arm", "outcome", "rival", "gap, nats/token", "spread over seeds", "error over rows"]
+    return table(head, rows, safe=True) if rows else "<p>No arm of this recipe names a rival.</p>"
+
+
+def _changes(arms: Iterable[ArmResult]) -> str:
+    out = []
+    for arm in arms:
+        if (not arm.diff and not arm.moves) or arm.stage != "as it is":
+            continue
+        rows = [[path, "" if old is None else str(old), "" if new is None else str(new)] for path, old, new in arm.diff]
+        groups: dict[tuple[str, str], list[int]] = {}
+        for move in arm.moves:
+            groups.setdefault((move.exactness, move.how), []).append(move.count)
+        moves = [[f"{e}: {how}", f"{len(n)}", f"{sum(n):,}"] for (e, how), n in groups.items()]
+        out.append(f"<details open><summary>{escape(arm.name)}</summary>" + table(["spec", "from", "to"], rows))
+        out.append((table(["weights", "parts", "scalars"], moves) if moves else "") + "</details>")
+    return "".join(out) or "<p>Nothing was swapped.</p>"
+
+
+def _sources(result: Result) -> str:
+    facts = "".join(f"<p>{escape(str(k))}: <code>{escape(str(v))}</code></p>" for k, v in result.text.items())
+    blocks = (("spec of the model", result.spec), ("recipe", result.recipe))
+    more = (
+        f"<details><summary>{name}</summary><pre>{escape(json.dumps(data, indent=1, ensure_ascii=False, default=str))}</pre></details>"
+        for name, data in blocks
+    )
+    return facts + "".join(more)
+
+
+def _samples(result: Result) -> str:
+    out = []
+    for prompt in dict.fromkeys(s.prompt for s in result.samples):
+        out.append(f"<p>after <code>{escape(prompt)}</code></p>")
+        rows = [[escape(s.arm), f"<pre>{escape(s.text)}</pre>"] for s in result.samples if s.prompt == prompt]
+        out.append(table(["arm", "text"], rows, safe=True, text=(1,)))
+    return "".join(out)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, safe: bool = False, text: Sequence[int] = ()) -> str:
+    """An HTML table. safe: cells are HTML already. text: columns that hold running text."""
+    kind = ['class="text"' if i in text else "" for i in range(len(head))]
+    top = "".join(f"<th {k}>{escape(name)}</th>" for name, k in zip(head, kind, strict=True))
+    lines = (
+        "".join(f"<td {k}>{cell if safe else escape(str(cell))}</td>" for cell, k in zip(row, kind, strict=True))
+        for row in rows
+    )
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,197 @@
+"""What a model does with rows of tokens: nats per token, nats by position, divergence from another model.
+
+A row of T tokens asks T - 1 questions: token t from tokens 0..t-1. Every question is asked once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import DataError, RunError, UserError
+
+_TOKENS = 8192  # tokens a forward: enough for full matmul speed, small enough for any machine
+_LOGITS = 2**23  # logits held at a time (32 MB in fp32)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Mean nats/token of what is predicted at positions start..stop-1 (from tokens 0..position); count: of questions."""
+
+    start: int
+    stop: int
+    nats: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """nats: mean nats/token. error: its standard error over rows (None for one row). tokens: questions asked.
+
+    context: (fewest, most) tokens that a question deep in a row may see. kl: mean over tokens of
+    KL(reference || model) in nats, None where it was not measured.
+    """
+
+    nats: float
+    error: float | None
+    tokens: int
+    by_position: tuple[Bucket, ...]
+    context: tuple[int, int]
+    kl: float | None = None
+
+
+def rows_of(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
+    """A stream (N,) cut into rows (R, length + 1) that share one token, so that each row asks `length` questions.
+
+    limit: at most so many rows. Raises DataError when the stream is shorter than one row.
+    """
+    count = (tokens.shape[0] - 1) // length
+    if count < 1:
+        raise DataError(
+            f"{tokens.shape[0]} tokens do not fill one row of {length + 1}",
+            remedy="give more text, or a shorter length",
+        )
+    rows = tokens[: count * length + 1].unfold(0, length + 1, length)
+    return rows if limit is None else rows[:limit]
+
+
+def spans(questions: int, see: int | None, stride: int | None) -> list[tuple[int, int]]:
+    """(begin, first) of windows of `see` inputs that ask questions 0..questions-1 once each.
+
+    Window [begin, begin + see) asks the questions from `first` on: all of them in the first window, then the last
+    `stride` (half of `see` unless given), so that a later question sees at least see - stride + 1 tokens.
+    """
+    see = questions if see is None else min(see, questions)
+    stride = max(1, see // 2) if stride is None else stride
+    if not 1 <= stride <= see:
+        raise DataError(f"a stride of {stride} over windows of {see}", remedy=f"give 1 to {see}")
+    out, first = [(0, 0)], see
+    while first < questions:
+        begin = min(first + stride, questions) - see
+        out.append((begin, first))
+        first = begin + see
+    return out
+
+
+@torch.no_grad()
+def token_nats(model: Any, rows: Tensor, *, see: int | None = None, stride: int | None = None) -> Tensor:
+    """-log p of every token but the first, rows (R,T) int64 -> (R,T-1) fp32 on the CPU.
+
+    see: the model is shown windows of so many tokens (see `spans`) instead of whole rows; this is how a model is
+    truncated to its trained length. Raises DataError for rows without questions, RunError for losses not finite.
+    """
+    check_rows(model, rows)
+    questions = rows.shape[1] - 1
+    length = questions if see is None else min(see, questions)
+    jobs = [(r, begin, first) for r in range(rows.shape[0]) for begin, first in spans(questions, see, stride)]
+    out = torch.empty(rows.shape[0], questions)
+    per = max(1, _TOKENS // length)
+    with evaluating(model):
+        for some in (jobs[i : i + per] for i in range(0, len(jobs), per)):
+            pieces = torch.stack([rows[r, b : b + length + 1] for r, b, _ in some]).to(device_of(model))
+            h = model(pieces[:, :-1], logits=False).last_hidden_state
+            asked = [slice(first - begin, length) for _, begin, first in some]
+            flat = torch.cat([h[i, s] for i, s in enumerate(asked)])
+            labels = torch.cat([pieces[i, 1:][s] for i, s in enumerate(asked)])
+            nats = _nats(model, flat, labels).cpu()
+            for r, begin, first in some:
+                size = begin + length - first
+                out[r, first : first + size], nats = nats[:size], nats[size:]
+    if not out.isfinite().all():
+        raise RunError("the model gives losses that are not finite", remedy="load it in fp32; check its weights")
+    return out
+
+
+@torch.no_grad()
+def divergence(model: Any, reference: Any, rows: Tensor) -> float:
+    """Mean over the tokens of rows (R,T) of KL(reference || model), in nats, computed in fp32."""
+    check_rows(model, rows)
+    total, count = 0.0, 0
+    per = max(1, _TOKENS // rows.shape[1])
+    with evaluating(model), evaluating(reference):
+        for some in rows.split(per):
+            ours = model(some.to(device_of(model)), logits=False).last_hidden_state.flatten(0, 1)
+            theirs = reference(some.to(device_of(reference)), logits=False).last_hidden_state.flatten(0, 1)
+            step = _rows_at_once(model, ours)
+            for a, b in zip(ours.split(step), theirs.split(step), strict=True):
+                log_p = torch.log_softmax(model.head(a).float(), -1)
+                log_q = torch.log_softmax(reference.head(b).float(), -1).to(log_p.device)
+                total += float((log_q.exp() * (log_q - log_p)).sum(-1).double().sum())
+                count += a.shape[0]
+    return total / count
+
+
+def quality(
+    nats: Tensor, *, buckets: int = 16, context: tuple[int, int] | None = None, kl: float | None = None
+) -> Quality:
+    """Summary of token_nats (R,T-1); buckets: equal parts of the row for the loss by position."""
+    length = nats.shape[1]
+    rows = nats.double().mean(1)
+    error = float(rows.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
+    return Quality(float(rows.mean()), error, nats.numel(), by_position(nats, buckets), context or (length, length), kl)
+
+
+def by_position(nats: Tensor, buckets: int) -> tuple[Bucket, ...]:
+    """Mean nats/token in equal parts of the row."""
+    edges = sorted({round(i * nats.shape[1] / buckets) for i in range(buckets + 1)})
+    return tuple(
+        Bucket(a, b, float(nats[:, a:b].double().mean()), nats[:, a:b].numel()) for a, b in itertools.pairwise(edges)
+    )
+
+
+def check_model(model: Any) -> None:
+    """Raises UserError for what is not a language model of one stream of tokens."""
+    if not hasattr(model, "head") or "decoder_tokens" in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"a {model.spec.kind} is not measured here: it is no language model of one stream of tokens",
+            remedy="give a decoder-only model",
+        )
+
+
+def check_rows(model: Any, rows: Tensor) -> None:
+    """Raises DataError for rows that are not (R, T >= 2) or hold ids outside the vocabulary."""
+    check_model(model)
+    if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] < 2:
+        raise DataError(f"rows of tokens have shape {tuple(rows.shape)}", remedy="give (rows, at least 2 tokens)")
+    vocab = getattr(model.spec, "vocab", None)
+    if vocab is not None and (int(rows.max()) >= vocab or int(rows.min()) < 0):
+        raise DataError(
+            f"token {int(rows.max())} is outside the model's vocabulary of {vocab}",
+            remedy="use the tokenizer that belongs to this model",
+        )
+
+
+class evaluating:
+    """Context manager: the model in eval mode inside, as it was outside."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.was)
+
+
+def device_of(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _nats(model: Any, h: Tensor, labels: Tensor) -> Tensor:
+    step = _rows_at_once(model, h)
+    parts = []
+    for x, y in zip(h.split(step), labels.split(step), strict=True):
+        parts.append(torch.nn.functional.cross_entropy(model.head(x).float(), y, reduction="none"))
+    return torch.cat(parts)
+
+
+def _rows_at_once(model: Any, h: Tensor) -> int:
+    return max(64, _LOGITS // model.head(h[:1]).shape[-1])

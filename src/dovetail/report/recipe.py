@@ -1,0 +1,200 @@
+"""Recipes of a comparison: one checkpoint, one text, several arms. Strict: an unknown key names the nearest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from dovetail.errors import SpecError, did_you_mean
+from dovetail.spec import Part, Spec
+from dovetail.spec.spec import validate
+from dovetail.training.recipe import Section, Train, read_yaml
+
+CorpusPart = Annotated[Spec, Part("corpus")]
+Length = int | str  # tokens, or a multiple of the trained context such as "4x"
+
+
+class Model(Section):
+    """path: a checkpoint directory or hub id, with its tokenizer. dtype: the stored one unless given."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    device: str = "auto"
+
+
+class Data(Section):
+    """corpus: what is read. tokens: about so many are scored, in rows spread evenly over the documents."""
+
+    corpus: CorpusPart
+    tokens: int = Field(default=32_768, ge=64)
+
+
+class Heal(Section):
+    """A short training after a swap. data: its corpus. train: as in a training recipe; its seed is the arm's."""
+
+    data: CorpusPart
+    train: Train
+
+    @field_validator("train")
+    @classmethod
+    def _ours(cls, train: Train) -> Train:
+        for name in ("seed", "device"):
+            if name in train.model_fields_set:
+                raise ValueError(f"{name} of a healing is the comparison's; leave it out")
+        return train
+
+
+class Arm(Section):
+    """One way of having the model.
+
+    length: row length that it is scored at. swap: overrides by path. redraw: what the swap's weight map only
+    approximates starts anew. fresh: paths of parameters that start anew. truncate: it is shown windows of so many
+    tokens instead of whole rows. heal: trained after the swap, and measured before and after. rival_of: arms for
+    which this is the trivial alternative.
+    """
+
+    name: str
+    length: Length = "1x"
+    swap: dict[str, Any] = {}
+    redraw: bool = False
+    fresh: tuple[str, ...] = ()
+    truncate: Length | None = None
+    heal: Heal | None = None
+    rival_of: tuple[str, ...] = ()
+
+    @field_validator("length", "truncate")
+    @classmethod
+    def _length(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?x", value):
+            raise ValueError('a length is a number of tokens, or a multiple of the trained context such as "4x"')
+        return value
+
+
+class Speed(Section):
+    """new: tokens decoded one by one. rounds: turns that every arm takes."""
+
+    new: int = Field(default=32, ge=1)
+    rounds: int = Field(default=5, ge=1)
+
+
+class Comparison(Section):
+    """name: of the report. seeds: of whatever is random (what starts anew, the order of healing's rows).
+
+    samples: prompts that every arm goes on with. stride: step of truncated windows; half of them unless given.
+    """
+
+    name: str
+    model: Model
+    data: Data
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
+    stride: Length | None = None
+    speed: Speed = Speed()
+    samples: tuple[str, ...] = ()
+    sample_tokens: int = Field(default=40, ge=1)
+    out: str = "report"
+
+    @model_validator(mode="after")
+    def _names(self) -> Comparison:
+        names = [arm.name for arm in self.arms]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two arms are called {twice[0]!r}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a seed stands twice in {list(self.seeds)}")
+        by_name = {arm.name: arm for arm in self.arms}
+        if self.stride is not None and not any(arm.truncate for arm in self.arms):
+            raise ValueError("stride has no effect: no arm is truncated")
+        if "sample_tokens" in self.model_fields_set and not self.samples:
+            raise ValueError("sample_tokens has no effect: there are no samples")
+        for arm in self.arms:
+            if arm.heal is not None and arm.heal.data == self.data.corpus:
+                raise ValueError(f"{arm.name!r} would be healed on the text that it is scored on")
+            for other in arm.rival_of:
+                if other not in by_name:
+                    raise ValueError(
+                        f"{arm.name!r} is the rival of {other!r}, which is no arm; {did_you_mean(other, names)}"
+                    )
+                if other == arm.name:
+                    raise ValueError(f"{arm.name!r} is its own rival")
+                if by_name[other].length != arm.length:
+                    raise ValueError(f"{arm.name!r} and {other!r} are scored at different lengths")
+        return self
+
+    @staticmethod
+    def load(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Comparison:
+        """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError for a bad key or value."""
+        where = str(source) if isinstance(source, (str, Path)) else "recipe"
+        data = read_yaml(Path(source)) if isinstance(source, (str, Path)) else source
+        if not isinstance(data, dict):
+            raise SpecError("a recipe is a mapping", where=where, remedy="see recipes/first.yaml")
+        for text in overrides:
+            data = _assigned(data, text)
+        fields: dict[str, Any] = {**data}
+        for name, section in (("model", Model), ("data", Data), ("speed", Speed)):
+            if isinstance(fields.get(name), dict):
+                fields[name] = validate(section, fields[name], where=f"{where}: {name}")
+        if isinstance(fields.get("arms"), list):
+            fields["arms"] = tuple(_arm(arm, f"{where}: arms.{i}") for i, arm in enumerate(fields["arms"]))
+        return validate(Comparison, fields, where=where)
+
+
+def read_heal(data: Any, where: str = "heal") -> Heal:
+    """Healing from plain data. Raises SpecError."""
+    if isinstance(data, Heal):
+        return data
+    if not isinstance(data, dict):
+        raise SpecError(f"heal is {data!r}", where=where, remedy="give {data: {kind: pydoc}, train: {steps: 40}}")
+    fields = dict(data)
+    if isinstance(fields.get("train"), dict):
+        fields["train"] = validate(Train, fields["train"], where=f"{where}.train")
+    return validate(Heal, fields, where=where)
+
+
+def tokens_of(length: Length, context: int | None) -> int:
+    """Tokens of a length; multiples are of the trained context. Raises SpecError when that is unknown."""
+    if isinstance(length, str) and context is None:
+        raise SpecError(f"{length!r} of a model without a trained length", remedy="give the length in tokens")
+    tokens = length if isinstance(length, int) else round(float(length[:-1]) * (context or 0))
+    if tokens < 2:
+        raise SpecError(f"a length of {length!r} is {tokens} tokens", remedy="give at least 2")
+    return tokens
+
+
+def _arm(data: Any, where: str) -> Arm:
+    if not isinstance(data, dict):
+        raise SpecError(f"an arm is {data!r}", where=where, remedy="give a mapping with 'name'")
+    fields = dict(data)
+    if fields.get("heal") is not None:
+        fields["heal"] = read_heal(fields["heal"], f"{where}.heal")
+    return validate(Arm, fields, where=where)
+
+
+def _assigned(data: dict[str, Any], text: str) -> dict[str, Any]:
+    """`data` with `a.b.0.c=value` set; the schema then judges the names."""
+    path, sign, value = text.partition("=")
+    if not sign or not path:
+        raise SpecError(f"{text!r} is not an override", remedy="write key=value, e.g. data.tokens=8192")
+    try:
+        return _set(data, path.strip().split("."), yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise SpecError(f"the value is not YAML: {error}", where=text) from None
+    except (LookupError, ValueError, TypeError):
+        raise SpecError(
+            f"{path} matches nothing in the recipe", where=text, remedy="name keys, or numbers in lists"
+        ) from None
+
+
+def _set(here: Any, steps: list[str], value: Any) -> Any:
+    if not steps:
+        return value
+    if isinstance(here, list):
+        at = range(len(here))[int(steps[0])]
+        return [*here[:at], _set(here[at], steps[1:], value), *here[at + 1 :]]
+    here = {} if here is None else dict(here)
+    return here | {steps[0]: _set(here.get(steps[0]), steps[1:], value)}

@@ -1,0 +1,174 @@
+"""swap: another part into a model, its weights carried over, and a measured report of what that did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import UserError
+from dovetail.report import arms, render
+from dovetail.report.cost import Cost, Job, costs, machine, versions
+from dovetail.report.measure import Quality, check_model, device_of
+from dovetail.report.plain import plain
+from dovetail.report.recipe import Arm, Heal, read_heal
+from dovetail.report.text import documents_of, rows_within, tokens_hash
+from dovetail.sampling.limits import reach
+from dovetail.spec import Spec, diff, override
+from dovetail.surgery import Move, Transplant, transplant
+
+_SAMPLES = 32_768  # tokens scored, at most
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way of having the model. name: "before", "after", "rival", "after, healed", "rival, healed".
+
+    quality: None where nothing was given to measure on; otherwise of the first seed. nats: mean over seeds.
+    """
+
+    name: str
+    what: str
+    cost: Cost
+    quality: Quality | None
+    nats: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a swap changed. diff: (path, old, new) of the spec. moves: what happened to each part's weights.
+
+    carried, reinitialised, dropped: parameter names (dropped ones are the old model's). rival: what the trivial
+    alternative is, or why there is none. verdicts: after against it. length: tokens in a scored row.
+    """
+
+    diff: tuple[tuple[str, Any, Any], ...]
+    moves: tuple[Move, ...]
+    carried: tuple[str, ...]
+    reinitialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rival: str
+    verdicts: tuple[arms.Verdict, ...]
+    length: int
+    rows: int
+    tokens_sha256: str | None
+    device: str
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return plain(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def __rich__(self) -> Any:
+        return render.swap_report(self)
+
+    def __str__(self) -> str:
+        return render.as_text(self)
+
+
+def swap(
+    model: Any,
+    changes: Mapping[str, Any],
+    *,
+    texts: str | Sequence[str] | None = None,
+    tokens: Tensor | None = None,
+    tokenizer: Any = None,
+    heal: Heal | Mapping[str, Any] | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    rounds: int = 7,
+) -> tuple[Any, Report]:
+    """(the new model, the report). `model` stays as it is.
+
+    changes: overrides of its spec by path: {"blocks.*.mixer.kv_heads": 2}. texts (with tokenizer), or tokens (N,) or
+    (R,T) int64: what before, after and the trivial rival are scored on; without them no quality is reported.
+    heal: {data: corpus, train: {...}}, a training after the swap; before and after it are measured, with two seeds,
+    so that an order can be claimed. length: tokens in a scored row; the model's reach after the swap unless given.
+    rounds: of timing; 0 leaves speed and memory out.
+
+    The trivial rival of parts that are only approximated is a random start of equal size; of a swap that keeps every
+    weight, the model as it was, shown only its trained context at a time (where rows are longer than that).
+    Raises SpecError, BuildError for changes that do not fit, DataError for data too short.
+    """
+    if not changes:
+        raise UserError("nothing to swap", remedy='give {path: part}, e.g. {"blocks.*.mixer.kv_heads": 2}')
+    check_model(model)
+    new: Any = override(model.spec, changes)
+    asked = None if heal is None else read_heal(dict(heal) if isinstance(heal, Mapping) else heal)
+    documents = documents_of(tokens, texts, tokenizer)
+    length = _length(length, new, documents)
+    done = transplant(model, new, seed=seed)
+    swapped = Arm(name="after", length=length, swap=dict(changes), heal=asked)
+    rival, why = _rival(model.spec, done, swapped, length)
+    before = Arm(name="before", length=length)
+    rows = None
+    if documents:
+        rows = rows_within(documents, length, _SAMPLES)
+        trials = [arms.run(model, arm, rows, (seed, seed + 1)) for arm in (before, swapped, rival) if arm is not None]
+    else:
+        trials = [arms.untested(model, arm, length, seed) for arm in (before, swapped)]
+    some = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(new.vocab, (1, length), generator=some) if rows is None else rows[:1, :-1]
+    jobs = {t.arm.name: Job(t.models[t.last], prompt[:, : t.see or length]) for t in trials}
+    spent = costs(jobs, against=dict.fromkeys(jobs, "before"), rounds=rounds)
+    words = {"before": "the model as it was", "after": "the swap", "rival": why}
+    columns = tuple(
+        Column(
+            t.arm.name + ("" if stage == "as it is" else ", healed"),
+            words[t.arm.name],
+            spent[t.arm.name],
+            t.quality[stage][0] if stage in t.quality else None,
+            t.mean(stage) if stage in t.quality else None,
+        )
+        for stage in arms.STAGES
+        for t in trials
+        if stage in t.models
+    )
+    result = trials[1].models[trials[1].last]
+    report = Report(
+        tuple(diff(model.spec, new)),
+        tuple(done.moves),
+        tuple(done.carried),
+        tuple(done.reinitialised),
+        tuple(done.dropped),
+        columns,
+        why,
+        tuple(arms.verdicts(trials)) if rows is not None else (),
+        length,
+        0 if rows is None else rows.shape[0],
+        None if rows is None else tokens_hash(rows),
+        machine(device_of(model)),
+        versions(),
+    )
+    return result, report
+
+
+def _length(asked: int | None, new: Spec, documents: list[Tensor]) -> int:
+    """Questions in a row: as asked, else the new model's reach, cut to the longest document."""
+    if asked is not None:
+        return asked
+    longest = max((d.shape[0] - 1 for d in documents), default=None)
+    wanted = reach(new) or longest or 1024
+    return wanted if longest is None else max(1, min(wanted, longest))
+
+
+def _rival(old: Any, done: Transplant, swapped: Arm, length: int) -> tuple[Arm | None, str]:
+    """The trivial alternative, and what it is or why there is none."""
+    if any(move.exactness == "approximate" for move in done.moves):
+        arm = swapped.model_copy(update={"name": "rival", "redraw": True, "rival_of": ("after",)})
+        return arm, "random re-initialisation, of equal size, of what the swap only approximates"
+    if done.reinitialised:
+        return None, "none: what the swap brings starts at random itself"
+    context = getattr(old, "context", None)
+    if context is not None and length > context:
+        arm = Arm(name="rival", length=length, truncate=context, rival_of=("after",))
+        return arm, f"the model as it was, shown at most its trained context of {context} tokens"
+    return None, "none: every weight is carried, and rows within the trained context would not be truncated"

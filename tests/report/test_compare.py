@@ -1,0 +1,231 @@
+"""A comparison from recipe to page: arms on the same questions, orders claimed only where they hold, errors by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dovetail as dt
+from dovetail.errors import SpecError
+from dovetail.report.arms import Trial, judge
+from dovetail.report.measure import quality
+from dovetail.report.recipe import Arm, Comparison, tokens_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, texts: dict[str, str]) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("recipe")
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    heal = {
+        "data": {"kind": "text", "path": str(folder / "train.txt")},
+        "train": {"steps": 4, "batch": 4, "length": 32, "lr": 5e-3, "autocast": "none"},
+    }
+    return {
+        "name": "test",
+        "model": {"path": str(checkpoint), "device": "cpu"},
+        "data": {"corpus": {"kind": "text", "path": str(folder / "held_out.txt")}, "tokens": 1024},
+        "arms": [
+            {"name": "short"},
+            {"name": "pooled", "swap": {"blocks.*.mixer.kv_heads": 2}, "heal": heal},
+            {"name": "drawn", "swap": {"blocks.*.mixer.kv_heads": 2}, "redraw": True, "heal": heal, "rival_of": ["pooled"]},
+            {"name": "long", "length": "4x"},
+            {"name": "cut", "length": "4x", "truncate": 32, "rival_of": ["long"]},
+        ],
+        "speed": {"rounds": 2, "new": 4},
+        "samples": ["the <joint>"],
+        "sample_tokens": 5,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def result(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOVETAIL_CACHE", str(folder / "cache"))
+        torch.manual_seed(0)
+        return dt.compare(recipe, out=folder / "out", quiet=True)
+
+
+def arm(result: Any, name: str) -> Any:
+    return next(a for a in result.arms if a.name == name)
+
+
+def test_arms_have_their_stages_and_seeds(result: Any) -> None:
+    seeds = {a.name: a.seeds for a in result.arms}
+    assert seeds == {
+        "short": (0,), "pooled": (0,), "pooled, healed": (0, 1), "drawn": (0, 1), "drawn, healed": (0, 1), "long": (0,),
+        "cut": (0,),
+    }  # fmt: skip
+    assert arm(result, "short").spread == 0.0 and arm(result, "drawn").spread > 0
+    assert arm(result, "pooled, healed").nats < arm(result, "pooled").nats
+    assert arm(result, "long").length == 128 and arm(result, "cut").see == 32
+    assert arm(result, "cut").quality[0].context == (17, 32)
+    tokens = {a.quality[0].tokens for a in result.arms}
+    assert tokens == {1024}, "every arm answers the same number of questions"
+
+
+def test_truncation_equals_the_short_arm_where_rows_begin(result: Any) -> None:
+    short, long, cut = (arm(result, n).quality[0].by_position for n in ("short", "long", "cut"))
+    assert cut[0].nats == pytest.approx(long[0].nats, rel=1e-5)
+    assert len(short) == 16 and [b.stop for b in long][-1] == 128
+
+
+def test_verdicts_rest_on_their_numbers(result: Any) -> None:
+    found = {(v.arm, v.stage): v for v in result.verdicts}
+    assert set(found) == {("pooled", "as it is"), ("pooled", "healed"), ("long", "as it is")}
+    for v in found.values():
+        suffix = "" if v.stage == "as it is" else ", healed"
+        gap = arm(result, v.rival + suffix).nats - arm(result, v.arm + suffix).nats
+        assert v.gap == pytest.approx(gap)
+        claimed = abs(v.gap) > 2 * max(v.spread, v.error)
+        assert (v.outcome != "unresolved") == claimed
+
+
+def test_report_json_is_whole_and_in_the_results_format(result: Any) -> None:
+    data = json.loads((Path(result.out) / "report.json").read_text())
+    assert data == json.loads(json.dumps(result.to_dict()))
+    assert {"name", "date", "device", "versions", "command", "rows"} <= set(data)
+    quality_rows = [r for r in data["rows"] if r["metric"] == "nats/token"]
+    assert [(r["case"], r["peer"]) for r in quality_rows] == [
+        ("pooled", "drawn"), ("pooled, healed", "drawn, healed"), ("long", "cut"),
+    ]  # fmt: skip
+    for row in data["rows"]:
+        assert row["ours"] > 0 and row["theirs"] > 0
+        if row["metric"] == "nats/token":
+            assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"]), "above 1 where ours is better"
+    assert {r["peer"] for r in data["rows"] if "tokens/s" in r["metric"]} == {"short", "long"}
+    assert re.fullmatch("[0-9a-f]{64}", data["text"]["tokens_sha256"])
+    assert data["arms"][1]["diff"] == [["blocks.*.mixer.kv_heads", 4, 2]]
+
+
+def test_the_page_needs_nothing_from_elsewhere(result: Any) -> None:
+    page = (Path(result.out) / "index.html").read_text()
+    assert not re.search(r'(src|href)="(?!#)', page), "nothing is fetched"
+    assert "prefers-color-scheme: dark" in page and page.count("<svg") == 3
+    assert "the &lt;joint&gt;" in page and "<joint>" not in page
+    for said in (
+        "Loss by position",
+        "State and speed",
+        "Orders",
+        result.text["tokens_sha256"],
+        "mean-pooled",
+        "PyTorch"[2:],
+    ):
+        assert said in page or said == "Torch"
+    assert page.index("Loss by position") < page.index("State and speed") < page.index("<h2>Samples")
+
+
+def test_the_terminal_leads_with_position_and_ends_with_samples(result: Any) -> None:
+    text = str(result)
+    places = [text.index(s) for s in ("loss by position", "state and speed", "orders", "samples (greedy")]
+    assert places == sorted(places)
+    assert "no measure of quality" in text
+
+
+def trial(name: str, rows: list[list[float]], random: bool = False) -> Trial:
+    nats = [torch.tensor(r)[:, None].expand(-1, 4) for r in rows]
+    made = Trial(Arm(name=name), 4, None, None, None)
+    made.nats["as it is"] = nats
+    made.quality["as it is"] = [quality(n) for n in nats]
+    made.random["as it is"] = random
+    return made
+
+
+def test_an_order_needs_twice_the_spread_over_seeds() -> None:
+    ours = trial("ours", [[1.0, 1.1, 1.2], [1.2, 1.3, 1.4]], random=True)  # means 1.1 and 1.3: spread 0.2
+    assert judge(ours, trial("near", [[1.48, 1.58, 1.68]]), "as it is").outcome == "unresolved"  # gap 0.38
+    assert judge(ours, trial("far", [[1.7, 1.8, 1.9]]), "as it is").outcome == "beats its trivial rival"  # gap 0.6
+    assert judge(ours, trial("better", [[0.5, 0.6, 0.7]]), "as it is").outcome == "loses to its trivial rival"
+    once = trial("once", [[0.1, 0.1, 0.1]], random=True)
+    found = judge(once, trial("far", [[5.0, 5.0, 5.0]]), "as it is")
+    assert found.spread is None and found.outcome == "unresolved", "one seed claims nothing"
+
+
+def test_an_order_needs_twice_the_error_over_rows() -> None:
+    ours, rival = trial("ours", [[1.0, 2.0, 3.0]]), trial("rival", [[1.9, 2.0, 3.0]])
+    found = judge(ours, rival, "as it is")
+    assert found.gap == pytest.approx(0.3) and found.error == pytest.approx(0.3)
+    assert found.outcome == "unresolved"
+    assert judge(ours, trial("rival", [[1.3, 2.31, 3.29]]), "as it is").outcome == "beats its trivial rival"
+    assert judge(trial("a", [[1.0]]), trial("b", [[2.0]]), "as it is").outcome == "unresolved", "one row claims nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"arm": []}, "did you mean 'arms'"),
+        ({"model": {"path": "x", "devise": "cpu"}}, "did you mean 'device'"),
+        ({"arms": [{"name": "a", "swapp": {}}]}, "did you mean 'swap'"),
+        ({"arms": [{"name": "a", "length": "four"}]}, "multiple of the trained context"),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "two arms are called 'a'"),
+        ({"arms": [{"name": "abc"}, {"name": "b", "rival_of": ["abd"]}]}, "did you mean 'abc'"),
+        ({"arms": [{"name": "a"}, {"name": "b", "length": "2x", "rival_of": ["a"]}]}, "different lengths"),
+        ({"arms": []}, "at least 1"),
+        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"stride": 4, "arms": [{"name": "a"}]}, "stride has no effect"),
+        ({"samples": []}, "sample_tokens has no effect"),
+        ({"arms": [{"name": "a", "heal": {"data": {"kind": "pydoc"}, "train": {"stepz": 3}}}]}, "did you mean 'steps'"),
+        (
+            {"arms": [{"name": "a", "heal": {"data": {"kind": "pydoc"}, "train": {"steps": 3, "seed": 1}}}]},
+            "leave it out",
+        ),
+    ],
+)
+def test_a_wrong_recipe_is_named(recipe: dict[str, Any], change: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError) as error:
+        Comparison.load(recipe | change)
+    assert said in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_healing_on_the_scored_text_is_refused(recipe: dict[str, Any]) -> None:
+    heal = {"data": recipe["data"]["corpus"], "train": {"steps": 1}}
+    with pytest.raises(SpecError, match="healed on the text that it is scored on"):
+        Comparison.load(recipe | {"arms": [{"name": "a", "heal": heal}]})
+
+
+def test_options_without_effect_are_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    base = {k: v for k, v in recipe.items() if k not in ("samples", "sample_tokens")}
+    for extra, said in (
+        ({"truncate": "1x"}, "changes nothing"),
+        ({"swap": {"blocks.*.mixer.position.theta": 5e4}, "redraw": True}, "redraw changes nothing"),
+        ({"fresh": ["blocks.*.mixr"]}, "mixr"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            dt.compare(base | {"arms": [{"name": "a"} | extra]}, out=tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides_reach_into_lists(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    found = Comparison.load(path, ["arms.4.truncate=16", "data.tokens=256", "seeds=[3]", "stride=1x"])
+    assert found.arms[4].truncate == 16 and found.data.tokens == 256 and found.seeds == (3,)
+    for bad in ("arms.9.truncate=1", "nonsense", "data.tokens.x=1", "dta.tokens=5"):
+        with pytest.raises(SpecError):
+            Comparison.load(path, [bad])
+    assert tokens_of("4x", 32) == 128 and tokens_of("0.5x", 32) == 16 and tokens_of(7, None) == 7
+    with pytest.raises(SpecError, match="without a trained length"):
+        tokens_of("4x", None)
+    with pytest.raises(SpecError, match="no recipe"):
+        dt.compare(tmp_path / "missing.yaml")
+
+
+def test_the_shipped_recipe_reads() -> None:
+    found = Comparison.load(ROOT / "recipes" / "first.yaml")
+    by_name = {a.name: a for a in found.arms}
+    assert len(found.seeds) >= 2, "healed arms can only be ordered over seeds"
+    rivals = {target for a in found.arms for target in a.rival_of}
+    assert rivals == {a.name for a in found.arms if a.swap and not a.redraw} | {"4x: as it is"}
+    healed = [a for a in found.arms if a.heal]
+    assert len(healed) == 2 and healed[0].heal == healed[1].heal, "the rival is healed as the arm is"
+    assert by_name["4x: truncated"].truncate == "1x"
