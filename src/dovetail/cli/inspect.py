@@ -15,6 +15,7 @@ from dovetail.errors import UserError
 
 console = Console()
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output, last line.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Dtype to compute in (fp32 on CPU, the stored one on GPUs).")]
 AllowKey = Annotated[list[str] | None, typer.Option("--allow-key", help="A config key that may be ignored.")]
 
 
@@ -101,6 +102,7 @@ def evaluate(
     length: Annotated[int | None, typer.Option(help="Window in tokens (the model's context unless given).")] = None,
     stride: Annotated[int | None, typer.Option(help="Step of the window (half of it unless given).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
+    dtype: Dtype = "",
     as_json: Json = False,
     allow_key: AllowKey = None,
 ) -> None:
@@ -112,7 +114,7 @@ def evaluate(
     if not text.is_file():
         raise UserError(f"no text file {str(text)!r}", where="--text")
     folder = resolve(path)
-    model = load(folder, device=_device(device), allow_keys=allow_key or [])
+    model = load(folder, dtype=_dtype(dtype, device), device=_device(device), allow_keys=allow_key or [])
     result = score(model, load_tokenizer(folder), _read(text), length=length, stride=stride)
     if as_json:
         print(json.dumps(result))
@@ -181,6 +183,11 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no CUDA device here", where="--device", remedy="use --device cpu")
     return name
+
+
+def _dtype(name: str, device: str) -> str | None:
+    """What to compute in: fp32 on CPU, where narrow matrix-vector products are slower, else what is stored."""
+    return name or ("float32" if _device(device) == "cpu" else None)
 
 
 def _read(path: Path) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from dovetail.cli.app import app
-from dovetail.cli.inspect import AllowKey, Json, _device, _read
+from dovetail.cli.inspect import AllowKey, Dtype, Json, _device, _dtype, _read
 from dovetail.errors import UserError
 
 console = Console()
@@ -45,9 +45,10 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option()] = 1.0,
     beams: Annotated[int, typer.Option(help="Beam search when above 1.")] = 1,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int | None, typer.Option(help="Reproduces a sampled text (0 unless given).")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
+    dtype: Dtype = "",
     as_json: Json = False,
     allow_key: AllowKey = None,
 ) -> None:
@@ -58,7 +59,7 @@ def generate(
 
     folder = resolve(path)
     tokenizer = load_tokenizer(folder)
-    model = load(folder, device=_device(device), allow_keys=allow_key or [])
+    model = load(folder, dtype=_dtype(dtype, device), device=_device(device), allow_keys=allow_key or [])
     prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
     texts: Any = sample(
         model,
@@ -72,7 +73,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         beams=beams,
         stop=tuple(stop or ()),
-        seed=seed,
+        **({} if seed is None else {"seed": seed}),
     )
     if as_json:
         print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)], ensure_ascii=False))

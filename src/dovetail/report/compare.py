@@ -149,7 +149,7 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
     begin("timing", len(asked.arms) + 1)
     jobs = {t.arm.name: Job(t.models[t.last], longest[:1, : t.see or t.length]) for t in trials}
     peers = _first_of_length({t.arm.name: t.length for t in trials})
-    spent = costs(jobs, against=peers, new=asked.speed.new, rounds=asked.speed.rounds)
+    spent = costs(jobs, against=peers, **dict(asked.speed))
     begin("samples", len(asked.arms) + 2)
     found = tuple(_arm(trial, stage, spent[trial.arm.name], model) for trial in trials for stage in trial.nats)
     size = spent[asked.arms[0].name].size.parameters

@@ -21,6 +21,7 @@ from dovetail.report.measure import device_of, evaluating
 from dovetail.training.flops import flops_per_token, parameter_count
 
 _TURN = 0.02  # seconds
+_LEAST = 3  # rounds
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,13 @@ class Job:
     prompt: Tensor
 
 
-def costs(jobs: Mapping[str, Job], *, against: Mapping[str, str], new: int = 32, rounds: int = 7) -> dict[str, Cost]:
+def costs(
+    jobs: Mapping[str, Job], *, against: Mapping[str, str], new: int = 32, rounds: int = 7, seconds: float = 30.0
+) -> dict[str, Cost]:
     """Everything about each job, at the length of its prompt.
 
     Jobs of equal spec and length are measured once. against: for each job, the one that its ratios refer to.
-    rounds: 0 leaves speed and memory out. Raises RunError and BuildError as decoding does.
+    rounds: 0 leaves speed and memory out. seconds: see `measured_rates`. Raises RunError and BuildError as decoding does.
     """
     first: dict[tuple[str, int], str] = {}
     same = {
@@ -113,7 +116,7 @@ def costs(jobs: Mapping[str, Job], *, against: Mapping[str, str], new: int = 32,
     sizes = {name: size(job.model, job.prompt.shape[1]) for name, job in apart.items()}
     if not rounds:
         return {name: Cost(sizes[same[name]]) for name in jobs}
-    rates = measured_rates(apart, new, rounds)
+    rates = measured_rates(apart, new, rounds, seconds)
     memory = {name: peak_memory(job.model, job.prompt) for name, job in apart.items()}
     out = {}
     for name, job in jobs.items():
@@ -123,18 +126,24 @@ def costs(jobs: Mapping[str, Job], *, against: Mapping[str, str], new: int = 32,
     return out
 
 
-def measured_rates(jobs: Mapping[str, Job], new: int, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+def measured_rates(
+    jobs: Mapping[str, Job], new: int, rounds: int, seconds: float
+) -> dict[str, tuple[list[float], list[float]]]:
     """Tokens/s of prefill and decode of each job in each round, measured in turns in this process.
 
     Every round gives every job one turn, beginning with another one each time, after one turn that does not count.
-    A turn repeats a short job for about 20 ms. Decoding is greedy, batch 1, eager.
+    A turn repeats a short job for about 20 ms. Decoding is greedy, batch 1, eager. No round begins after `seconds`,
+    once there were three.
     """
     names = list(jobs)
     for name in names:
         _time(jobs[name], new)
     repeats = {name: max(1, min(20, round(_TURN / sum(_time(jobs[name], new))))) for name in names}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    begin = time.perf_counter()
     for number in range(rounds):
+        if number >= _LEAST and time.perf_counter() - begin > seconds:
+            break
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             took = [_time(jobs[name], new) for _ in range(repeats[name])]

@@ -76,10 +76,11 @@ class Arm(Section):
 
 
 class Speed(Section):
-    """new: tokens decoded one by one. rounds: turns that every arm takes."""
+    """new: tokens decoded one by one. rounds: turns that every arm takes; after `seconds` no more than three."""
 
     new: int = Field(default=32, ge=1)
     rounds: int = Field(default=5, ge=1)
+    seconds: float = Field(default=20.0, gt=0, strict=False)
 
 
 class Comparison(Section):

@@ -1,0 +1,181 @@
+"""Every command as written, through the real entry point: output, exit codes, messages for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dovetail as dt
+from dovetail.cli.main import main
+from dovetail.data import train_tokenizer
+from dovetail.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `dovetail ARGS` in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dovetail", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA-shaped directory with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    train_tokenizer(["def f(x):\n    return x\n" * 40, "class A:\n    pass\n" * 40], 300, folder / "tok")
+    vocab = dt.load_tokenizer(folder / "tok").vocab_size
+    mixer = {"kind": "attention", "heads": 4}
+    spec = {"kind": "decoder", "vocab": vocab, "dim": 32, "depth": 2, "context": 64, "blocks": {"mixer": mixer}}
+    dt.save(dt.build(spec), folder / "model", tokenizer_from=folder / "tok")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_text("def f(x):\n    return x + 1\n\n" * 30)
+    return path
+
+
+def last(out: str) -> Any:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def test_list_names_every_part_as_json(run: Run) -> None:
+    code, out, _ = run("list", "--json")
+    data = last(out)
+    assert code == 0
+    assert {p["kind"] for p in data["mixer"]} == set(dt.registry("mixer"))
+    assert all(p["oracle"] and p["source"] for parts in data.values() for p in parts)
+
+
+def test_list_of_an_unknown_category(run: Run) -> None:
+    code, _, err = run("list", "mixr")
+    assert code == 2 and "did you mean 'mixer'?" in err and "Traceback" not in err
+
+
+def test_show_tree_plan_and_json(run: Run, tiny: Path) -> None:
+    code, out, _ = run("show", tiny, "--plan")
+    assert code == 0 and "position: rope" in out and "sdpa" in out
+    code, out, _ = run("show", tiny, "--plan", "--json")
+    data = last(out)
+    assert data["spec"]["kind"] == "decoder" and {p["use"] for p in data["plan"]} >= {"decoding", "training, prefill"}
+    assert data["parameters"] == sum(p.numel() for p in dt.load(tiny).parameters())
+
+
+def test_generate_is_greedy_and_reproducible(run: Run, tiny: Path) -> None:
+    args = ("generate", tiny, "--prompt", "def f", "--max-new-tokens", 8, "--temperature", 0, "--json")
+    first, second = run(*args), run(*args)
+    assert first[0] == 0 and last(first[1]) == last(second[1])
+    model, tokenizer = dt.load(tiny), dt.load_tokenizer(tiny)
+    assert last(first[1])[0]["text"] == dt.generate(model, tokenizer, "def f", max_new_tokens=8, temperature=0)
+
+
+def test_a_prompt_beyond_the_context_is_refused(run: Run, tiny: Path) -> None:
+    code, _, err = run("generate", tiny, "--prompt", "x = 1\n" * 200, "--temperature", 0)
+    assert code == 2 and "64" in err
+
+
+def test_eval_gives_nats_and_perplexity(run: Run, tiny: Path, text: Path) -> None:
+    code, out, _ = run("eval", tiny, "--text", text, "--json")
+    data = last(out)
+    assert code == 0
+    assert data["perplexity"] == pytest.approx(torch.tensor(data["nats_per_token"]).exp().item(), rel=1e-4)
+    assert run("eval", tiny, "--text", "nowhere.txt")[0] == 2
+
+
+def test_swap_writes_a_model_that_loads_in_transformers(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "yarn"
+    code, printed, _ = run("swap", tiny, "blocks.*.mixer.position={kind: yarn, factor: 4}", "--out", out, "--text", text)
+    assert code == 0 and "yarn" in printed, (printed, _)
+    config = json.loads((out / "config.json").read_text())
+    assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 4.0
+    from transformers import AutoModelForCausalLM
+
+    theirs, ours = AutoModelForCausalLM.from_pretrained(out).float().eval(), dt.load(out, dtype="float32")
+    tokens = torch.randint(0, ours.spec.vocab, (1, 80))
+    with torch.no_grad():
+        a, b = ours(tokens).logits, theirs(tokens).logits
+    assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_swap_that_no_published_layout_can_say(run: Run, tiny: Path, tmp_path: Path) -> None:
+    change = "blocks.1.mixer={kind: lstm}"
+    code, out, _ = run("swap", tiny, change, "--out", tmp_path / "a", "--json")
+    assert code == 0 and last(out)["format"] == "dovetail", _
+    assert dt.load(tmp_path / "a").spec.blocks[1].mixer.kind == "lstm"
+    code, _, err = run("swap", tiny, change, "--out", tmp_path / "b", "--format", "hf")
+    assert code == 2 and "cannot say" in err and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("blocks.*.mixr.kv_heads=2", "did you mean 'mixer'?"),
+        ("blocks.9.mixer.kv_heads=2", "matches none of 2"),
+        ("blocks.*.mixer.kv_heads=3", "kv_heads must divide heads"),
+        ("blocks.*.mixer.position={kind: rop}", "did you mean 'rope'?"),
+        ("position={kind: rope}", "rope"),
+    ],
+)
+def test_swaps_that_cannot_be(run: Run, tiny: Path, tmp_path: Path, change: str, says: str) -> None:
+    code, _, err = run("swap", tiny, change, "--out", tmp_path / "x")
+    assert code == 2 and says in err and "Traceback" not in err
+
+
+def test_train_stops_on_a_typo_and_trains(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("train", ROOT / "recipes/tiny.yaml", "train.stepz=3", f"out={tmp_path}/a")
+    assert code == 2 and "did you mean 'steps'?" in err
+    code, out, _ = run(
+        "train", ROOT / "recipes/tiny.yaml", "train.steps=2", "train.batch=2", "train.length=32", "train.eval_every=0",
+        "train.eval_batches=1", f"out={tmp_path}/a", "--json",
+    )  # fmt: skip
+    assert code == 0 and last(out)["steps"] == 2
+    assert run("generate", f"{tmp_path}/a", "--prompt", "def", "--max-new-tokens", 2, "--temperature", 0)[0] == 0
+
+
+def test_a_directory_that_is_not_there(run: Run) -> None:
+    code, _, err = run("show", "./nowhere")
+    assert code == 2 and "nowhere" in err
+    with pytest.raises(CheckpointError):
+        run("show", "./nowhere", "--debug")
+
+
+def test_a_users_own_part_registers_by_import(run: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "my_parts.py"
+    mine.write_text(
+        "import torch\nfrom dovetail.parts.activation import Activation\nfrom dovetail.spec import register\n\n"
+        '@register("activation", "test_softsign", oracle="torch.nn.Softsign", source="Bergstra et al. 2009")\n'
+        "class Softsign(Activation):\n"
+        '    """x / (1 + |x|)."""\n\n'
+        "    def function(self, x):\n        return torch.nn.functional.softsign(x)\n"
+    )
+    try:
+        code, out, _ = run("list", "activation", "--json", "--import", mine)
+        assert code == 0 and "test_softsign" in {p["kind"] for p in last(out)["activation"]}
+        model = dt.build({"kind": "decoder", "vocab": 8, "dim": 8, "depth": 1, "blocks": {"feedforward": {"kind": "glu", "activation": "test_softsign"}}})
+        assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 8)
+    finally:
+        from dovetail.spec import registry
+
+        registry._ENTRIES["activation"].pop("test_softsign", None)
+    assert run("list", "--import", tmp_path / "none.py")[0] == 2
