@@ -41,8 +41,10 @@ class RmsNormModule(nn.Module):
         # Late rounding also adds the offset wide: 1 + w has fewer bits than w in bf16.
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) if self.late else self.weight
         weight = weight + self.offset if self.offset else weight
-        if x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, weight.shape, weight, self.eps)  # one kernel; on CPU it is slower than the formula
+        if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+            if x.is_cuda:
+                return F.rms_norm(x, weight.shape, weight, self.eps)  # one kernel; on CPU slower than the formula
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * weight.to(normed.dtype)).to(x.dtype) if self.late else weight * normed.to(x.dtype)

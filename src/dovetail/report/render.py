@@ -97,8 +97,9 @@ def comparison(result: Result) -> Group:
             spread = "?" if arm.spread is None else f"{arm.spread:.4f}" if arm.spread else "-"
             nats = (f"{b.nats:.3f}" for b in merged(averaged(arm)))
             table.add_row(arm.name, f"{arm.nats:.4f}", spread, *nats, kl(arm))
-        lines += [table, Text("")]
-    lines += [_costs(result), Text("")]
+        lines.append(table)
+    lines.append(Text("KL: from the model as it was, within its trained context, nats/token.", style="dim"))
+    lines += [Text(""), _costs(result), Text("")]
     lines += [Text("orders", style="bold"), *verdict_lines(result.verdicts), Text(result.claims, style="dim"), Text("")]
     for prompt in dict.fromkeys(s.prompt for s in result.samples):
         lines.append(Text(f"samples ({result.samples_are}): {prompt!r}", style="bold"))
