@@ -198,3 +198,16 @@ def test_damaged_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:500])
     with pytest.raises(CheckpointError, match="cannot be read"):
         dt.load_tokenizer(tmp_path)
+
+
+def test_a_new_model_says_its_tokenizers_special_ids(tmp_path: Path) -> None:
+    import dovetail as dt
+    from dovetail.data import train_tokenizer
+
+    train_tokenizer(["def f(x): return x"] * 20, 280, tmp_path / "tok")
+    tokenizer = dt.load_tokenizer(tmp_path / "tok")
+    model = dt.build({"kind": "decoder", "vocab": tokenizer.vocab_size, "dim": 16, "depth": 1})
+    dt.save(model, tmp_path / "out", tokenizer_from=tmp_path / "tok")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["bos_token_id"] == tokenizer.bos_id and config["eos_token_id"] == tokenizer.eos_ids[0]
+    assert dt.load_tokenizer(tmp_path / "out").eos_ids == tokenizer.eos_ids

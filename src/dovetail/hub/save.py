@@ -12,6 +12,7 @@ from torch import Tensor
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.hub import files
 from dovetail.hub.load import NATIVE, Origin
+from dovetail.hub.tokenizer import load_tokenizer
 from dovetail.models.config import ConfigReader
 from dovetail.models.family import FAMILIES, Family
 from dovetail.models.keymap import Carried
@@ -67,6 +68,8 @@ def save(
     else:
         raise ConfigError(f"no format {format!r}", remedy='use "hf" or "dovetail"')
     source = Path(tokenizer_from) if tokenizer_from else origin.folder if origin else None
+    if format == "hf" and origin is None and source is not None and (source / "tokenizer.json").exists():
+        config |= _special_ids(source)
     with files.atomic_folder(target) as scratch:
         files.write_weights(scratch, tensors, origin.placed if origin else None)
         files.write_json(scratch / name, config)
@@ -86,6 +89,17 @@ def _with_dtype(config: dict[str, Any], tensors: dict[str, Tensor], carried: Car
     if unchanged or key not in config:
         return config
     return config | {key: str(now.most_common(1)[0][0]).removeprefix("torch.")}
+
+
+def _special_ids(folder: Path) -> dict[str, Any]:
+    """The ids of a tokenizer's special tokens, which a new config would otherwise leave to a layout's defaults."""
+    tokenizer = load_tokenizer(folder)
+    ends = tokenizer.eos_ids
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 def _family(model: Any, origin: Origin | None) -> Family:

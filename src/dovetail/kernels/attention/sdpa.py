@@ -46,7 +46,7 @@ def attend(
         B, H, _, D = q.shape
         folded = q.reshape(B, k.shape[1], H // k.shape[1], D)
         out = F.scaled_dot_product_attention(folded, k, v, dropout_p=dropout, scale=scale).reshape(B, H, 1, -1)
-    elif q.is_cuda and not torch.compiler.is_compiling():
+    elif q.is_cuda:
         with sdpa_kernel(_BACKENDS, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
     else:
