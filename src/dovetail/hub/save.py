@@ -16,6 +16,8 @@ from dovetail.hub.tokenizer import load_tokenizer
 from dovetail.models.config import ConfigReader
 from dovetail.models.family import FAMILIES, Family
 from dovetail.models.keymap import Carried
+from dovetail.models.resolve import resolved
+from dovetail.spec import diff
 
 COMPANIONS = (
     "tokenizer.json",
@@ -59,9 +61,10 @@ def save(
         again = entry.read(
             ConfigReader(config, "the config to be saved", shapes={k: tuple(t.shape) for k, t in tensors.items()})
         )
-        if _behaviour(again) != _behaviour(model.spec):
+        different = _different(_behaviour(model.spec), _behaviour(again))
+        if different:
             raise ConfigError(
-                f"the {entry.name} layout would read back as another model",
+                f"the {entry.name} layout would read back as another model: {', '.join(different[:4])} differ",
                 where=str(target),
                 remedy='save it with format="dovetail", which can say everything',
             )
@@ -118,10 +121,12 @@ def _family(model: Any, origin: Origin | None) -> Family:
     )
 
 
-def _behaviour(spec: Any) -> dict[str, Any]:
-    """The spec as data with every size written out, less what a forward pass does not depend on."""
-    from dovetail.models.resolve import resolved
+def _behaviour(spec: Any) -> Any:
+    """The spec with every size written out, less how it starts."""
+    return resolved(spec).replace(init=type(spec).model_fields["init"].default)
 
-    data = resolved(spec).to_dict()
-    data.pop("init", None)
-    return data
+
+def _different(wanted: Any, got: Any) -> list[str]:
+    """Paths where two specs differ. A context that was never stated may be read back as the layout's default."""
+    unstated = {"context"} if wanted.context is None else set()
+    return [path for path, _, _ in diff(wanted, got) if path not in unstated]
