@@ -105,7 +105,9 @@ def test_eval_gives_nats_and_perplexity(run: Run, tiny: Path, text: Path) -> Non
 
 def test_swap_writes_a_model_that_loads_in_transformers(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "yarn"
-    code, printed, _ = run("swap", tiny, "blocks.*.mixer.position={kind: yarn, factor: 4}", "--out", out, "--text", text)
+    code, printed, _ = run(
+        "swap", tiny, "blocks.*.mixer.position={kind: yarn, factor: 4}", "--out", out, "--text", text
+    )
     assert code == 0 and "yarn" in printed, (printed, _)
     config = json.loads((out / "config.json").read_text())
     assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 4.0
@@ -172,7 +174,15 @@ def test_a_users_own_part_registers_by_import(run: Run, tmp_path: Path) -> None:
     try:
         code, out, _ = run("list", "activation", "--json", "--import", mine)
         assert code == 0 and "test_softsign" in {p["kind"] for p in last(out)["activation"]}
-        model = dt.build({"kind": "decoder", "vocab": 8, "dim": 8, "depth": 1, "blocks": {"feedforward": {"kind": "glu", "activation": "test_softsign"}}})
+        model = dt.build(
+            {
+                "kind": "decoder",
+                "vocab": 8,
+                "dim": 8,
+                "depth": 1,
+                "blocks": {"feedforward": {"kind": "glu", "activation": "test_softsign"}},
+            }
+        )
         assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 8)
     finally:
         from dovetail.spec import registry

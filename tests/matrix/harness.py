@@ -108,6 +108,13 @@ def _position(model: dict[str, Any], part: dict[str, Any]) -> None:
         model["blocks"]["mixer"]["position"] = part
 
 
+def _beside_a_window(part: dict[str, Any]) -> dict[str, Any]:
+    """A mask that hides nothing beyond causality is refused by itself; with a window it is one of several."""
+    if part["kind"] in ("full", "causal"):
+        return {"kind": "and", "rules": [part, {"kind": "window", "size": 5}]}
+    return part
+
+
 # Where a part of a category stands in the smallest decoder.
 PLACES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "mixer": lambda model, part: model["blocks"].update(mixer=part),
@@ -117,7 +124,7 @@ PLACES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "block": lambda model, part: model["blocks"].update(part),
     "position": _position,
     "rope_scaling": lambda model, part: model["blocks"]["mixer"]["position"].update(scaling=part),
-    "mask": lambda model, part: model["blocks"]["mixer"].update(mask=part),
+    "mask": lambda model, part: model["blocks"]["mixer"].update(mask=_beside_a_window(part)),
     "init": lambda model, part: model.update(init=part),
     "embedding": lambda model, part: model.update(embedding=part),
     "head": lambda model, part: model.update(head=part),

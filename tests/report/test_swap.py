@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dovetail as dt
 from dovetail.errors import DataError, SpecError, UserError
@@ -37,6 +39,7 @@ def test_a_stretched_position_is_set_against_truncation(model: Any, tokenizer: A
     assert column(report, "before").nats == pytest.approx(float(token_nats(model, rows).mean()), rel=1e-5)
     assert column(report, "after").nats == pytest.approx(float(token_nats(new, rows).mean()), rel=1e-5)
     assert column(report, "rival").nats == pytest.approx(float(token_nats(model, rows, see=32).mean()), rel=1e-5)
+    assert column(report, "rival").see == 32 and "rival: 0 bytes per further token" in str(report)
     assert column(report, "rival").cost.size.state_bytes * 3.5 < column(report, "before").cost.size.state_bytes
     assert column(report, "after").quality.kl > 0 and column(report, "before").quality.kl is None
     (verdict,) = report.verdicts
@@ -131,6 +134,32 @@ def test_healing_trains_both_the_swap_and_its_rival(
     assert [v.stage for v in report.verdicts] == ["as it is", "healed"]
     assert new.spec.blocks[0].mixer.kv_heads == 2 and not new.training
     assert dt.generate(new, tokenizer, "the joint", max_new_tokens=3)
+
+
+def test_narrow_weights_are_measured_in_fp32_and_kept_as_stored(
+    checkpoint: Path, texts: dict[str, str], tokenizer: Any, tmp_path: Path
+) -> None:
+    narrow = dt.load(checkpoint, dtype="bfloat16")
+    new, report = dt.swap(
+        narrow, {"blocks.*.mixer.kv_heads": 2}, texts=texts["held_out"], tokenizer=tokenizer, rounds=1
+    )
+    assert {p.dtype for m in (narrow, new) for p in m.parameters()} == {torch.bfloat16}
+    rows = rows_within(documents_of(None, texts["held_out"], tokenizer), report.length, 32_768)
+    for name, one in (("before", narrow), ("after", new)):
+        wide = token_nats(copy.deepcopy(one).float(), rows).mean()  # of the very weights that are given back
+        assert column(report, name).nats == pytest.approx(float(wide), rel=1e-6)
+        assert column(report, name).cost.size.dtype == "bfloat16"
+    found = column(report, "before").cost.size
+    assert found.state_bytes_per_token == 2 * 2 * 32 * 2 and found.weight_bytes == 2 * found.parameters
+    text = str(report)
+    assert report.computed_in == "float32" and "computed in float32" in text and "state bytes/token, bfloat16" in text
+    assert max(map(len, text.splitlines())) <= 100
+    stretched, _ = dt.swap(narrow, {POSITION: {"kind": "yarn", "factor": 2.0}}, rounds=0)
+    before, after = (
+        load_file(dt.save(m, tmp_path / n) / "model.safetensors") for m, n in ((narrow, "a"), (stretched, "b"))
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in before)
 
 
 def test_bad_input_is_named(model: Any, tokenizer: Any) -> None:

@@ -93,3 +93,14 @@ def test_a_swap_of_one_side_of_a_tie_is_refused() -> None:
     tied = dt.build(spec)
     with pytest.raises(SpecError, match="one side of a ref"):
         dt.override(tied.spec, {"embedding": {"kind": "token", "scale": 2.0}})
+
+
+def test_heads_of_another_width_share_nothing_even_at_equal_shapes() -> None:
+    old = model(heads=4, kv_heads=2)
+    changed = dt.override(
+        old.spec, {"blocks.*.mixer.heads": 8, "blocks.*.mixer.kv_heads": 4, "blocks.*.mixer.head_dim": 4}
+    )
+    result = transplant(old, changed)
+    assert all(".mixer." in name for name in result.reinitialised)
+    assert "blocks.0.mixer.qkv.weight" in result.reinitialised
+    assert {m.how for m in result.moves} == {"its weights mean something else there"}

@@ -56,25 +56,29 @@ def generate(
     from dovetail.hub import load, load_tokenizer
     from dovetail.hub.remote import resolve
     from dovetail.sampling import generate as sample
+    from dovetail.sampling import stream
 
     folder = resolve(path)
     tokenizer = load_tokenizer(folder)
     model = load(folder, dtype=_dtype(dtype, device), device=_device(device), allow_keys=allow_key or [])
     prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
-    texts: Any = sample(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        beams=beams,
-        stop=tuple(stop or ()),
-        **({} if seed is None else {"seed": seed}),
-    )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "beams": beams,
+        "stop": tuple(stop or ()),
+    } | ({} if seed is None else {"seed": seed})
+    if len(prompts) == 1 and beams == 1 and not as_json:  # as it comes
+        console.print(prompt[0], style="dim", end="", markup=False, highlight=False)
+        for piece in stream(model, tokenizer, prompts[0], **options):
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts: Any = sample(model, tokenizer, prompts, **options)
     if as_json:
         print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)], ensure_ascii=False))
         return

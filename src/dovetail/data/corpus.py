@@ -6,12 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
 from dovetail.errors import DataError
-from dovetail.spec import Part, Spec, register
+from dovetail.spec import Spec, register
 
 
 class Corpus(Spec):
@@ -29,9 +28,6 @@ class Corpus(Spec):
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
         return digest.hexdigest()
-
-
-CorpusPart = Annotated[Spec, Part("corpus")]
 
 
 @register("corpus", "text", oracle="formula: the file's text", source="plain text")

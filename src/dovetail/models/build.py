@@ -9,6 +9,7 @@ from torch import nn
 
 from dovetail.parts.weights import initialise
 from dovetail.spec import Slot, Spec
+from dovetail.spec.paths import check_shared
 
 
 def build(
@@ -24,6 +25,7 @@ def build(
     weights=False leaves it on the meta device, to be filled by a loader. Raises SpecError or BuildError.
     """
     parsed = Spec.parse("model", spec)
+    check_shared(parsed)
     with torch.device("meta"):
         model = parsed.build(Slot(dim=0)).to(dtype)
     model.spec = parsed  # type: ignore[assignment]

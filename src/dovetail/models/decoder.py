@@ -18,6 +18,7 @@ from dovetail.parts.position.base import position_axes
 from dovetail.parts.state import Room, State
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import EmbeddingPart, HeadPart, InitPart
+from dovetail.spec.ranges import Count
 
 
 @register("model", "decoder", oracle="transformers llama, gpt2", source="Radford et al. 2018; Touvron et al. 2023")
@@ -27,9 +28,9 @@ class Decoder(Stack):
     head: a linear map, or {kind: ref, path: embedding} for tied weights.
     """
 
-    vocab: int
-    dim: int
-    context: int | None = None
+    vocab: Count
+    dim: Count
+    context: Count | None = None
     embedding: EmbeddingPart = TokenEmbedding()
     head: HeadPart = LinearHead()
     init: InitPart = Normal()
@@ -53,6 +54,7 @@ class DecoderModule(StackModule):
                 remedy="give it a head of its own: {kind: linear}",
             )
         self.head_part = slot.build(spec.head, "head", dim=spec.streams * spec.dim, dim_out=spec.vocab)
+        self.axes = position_axes(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -75,6 +77,19 @@ class DecoderModule(StackModule):
         if state is not None and segments is not None:
             raise RunError("packed documents cannot share a decoding state", remedy="decode them as rows of a batch")
         batch, length = tokens.shape
+        if positions is not None and positions.dim() == 3 and positions.shape[-1] not in (1, self.axes):
+            raise DataError(
+                f"positions with {positions.shape[-1]} axes, and this model reads {self.axes}",
+                remedy="give positions (batch, length)" + (f", or (..., {self.axes})" if self.axes > 1 else ""),
+            )
+        if state is not None:
+            state.check_batch(batch)
+        counted = positions is None and attention_mask is None and segments is None and state is None
+        if counted and self.position.limit is not None and length > self.position.limit:
+            raise DataError(  # known from the shape, so that a GPU is not asked (its lookup would end the process)
+                f"rows of {length} tokens, and position {length - 1} is beyond the learned table of {self.position.limit}",
+                remedy=f"give at most {self.position.limit} tokens a row, or a model with a larger context",
+            )
         ctx = Context.of(
             batch,
             length,
@@ -97,5 +112,5 @@ class DecoderModule(StackModule):
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> State:
         """An empty memory for `batch` rows of at most `capacity` tokens each."""
         weight: Any = next(self.parameters())
-        room = Room(batch, capacity, weight.device, dtype or weight.dtype, position_axes(self))
+        room = Room(batch, capacity, weight.device, dtype or weight.dtype, self.axes)
         return State(self.new_layers(room), room)

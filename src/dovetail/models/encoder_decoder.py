@@ -19,6 +19,7 @@ from dovetail.parts.position.base import NoPosition, position_axes
 from dovetail.parts.state import Room, State
 from dovetail.spec import Ref, Slot, Spec, register
 from dovetail.spec.categories import ContainerPart, EmbeddingPart, HeadPart, InitPart
+from dovetail.spec.ranges import Count
 
 
 @register("model", "encoder_decoder", oracle="transformers bart, marian", source="Vaswani et al. 2017, figure 1")
@@ -31,10 +32,10 @@ class EncoderDecoder(Spec):
     decoder_start: the id that a target begins with.
     """
 
-    vocab: int
-    dim: int
-    context: int | None = None
-    decoder_vocab: int | None = None
+    vocab: Count
+    dim: Count
+    context: Count | None = None
+    decoder_vocab: Count | None = None
     embedding: EmbeddingPart = TokenEmbedding()
     decoder_embedding: EmbeddingPart = Ref(path="embedding")
     encoder: ContainerPart = Stack()
@@ -120,6 +121,7 @@ class EncoderDecoderModule(nn.Module):
         ctx = self._context(tokens, attention_mask, 0)
         memory = self.encoder(self.embedding(tokens), ctx)
         if state is not None:
+            state.check_batch(tokens.shape[0])
             for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
                 block.remember(layer, memory, ctx.segments)
         return memory, ctx.segments
@@ -135,6 +137,7 @@ class EncoderDecoderModule(nn.Module):
     ) -> Outputs:
         ctx = self._context(tokens, mask, 0 if state is None else state.start()).with_memory(memory, segments)
         if state is not None:
+            state.check_batch(tokens.shape[0])
             state.advance(ctx)
         h = self.decoder(self.decoder_embedding(tokens), ctx, state)
         scores = self.head(h) if logits else None

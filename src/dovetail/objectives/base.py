@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dovetail.spec import Part, Spec
+from dovetail.spec import Spec
 
 IGNORED = -100  # a label that nobody is asked to predict
 Batch = Mapping[str, Tensor]  # "tokens" (B,T), "labels" (B,T), and whatever else the model's forward takes by name
@@ -60,6 +60,3 @@ class Objective(Spec):
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         raise TypeError(f"{self.kind} does not say what it minimises")
-
-
-ObjectivePart = Annotated[Spec, Part("objective")]

@@ -17,6 +17,7 @@ from dovetail.parts.state import Room
 from dovetail.parts.weights import Drops
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import FeedForwardPart, MixerPart, NormPart
+from dovetail.spec.ranges import Chance, Positive
 
 
 class Block(Spec):
@@ -31,7 +32,7 @@ class Block(Spec):
     cross: MixerPart | None = None
     feedforward: FeedForwardPart | None = Glu()
     norm: NormPart = RmsNorm()
-    dropout: float = 0.0
+    dropout: Chance = 0.0
 
     def build(self, slot: Slot) -> nn.Module:
         return BlockModule(self, slot)
@@ -52,7 +53,7 @@ class BlockModule(Drops):
             )
         inner = replace(slot, memory_dim=None)
         self.mixer = inner.build(spec.mixer, "mixer")
-        self.cross = None if spec.cross is None else slot.build(spec.cross, "cross")
+        self.cross = None if spec.cross is None else slot.build(spec.cross, "cross", causal=False)
         self.feedforward = None if spec.feedforward is None else inner.build(spec.feedforward, "feedforward")
         for branch in ("mixer", "cross", "feedforward"):
             for prefix in self.norms:
@@ -151,7 +152,13 @@ class Parallel(Block):
 class ParallelModule(BlockModule):
     def __init__(self, spec: Parallel, slot: Slot):
         super().__init__(spec, slot)
-        if spec.shared and self.feedforward is not None:
+        if spec.shared and self.feedforward is None:
+            raise BuildError(
+                "one norm shared by two branches, and there is no feedforward to be the second",
+                where=slot.path,
+                remedy="leave shared out, or give feedforward",
+            )
+        if spec.shared:
             self.norm_feedforward = self.norm_mixer
 
     def forward(self, x: Tensor, ctx: Context, state: dict[str, Any] | None = None) -> Tensor:
@@ -178,8 +185,8 @@ class DeepNorm(Block):
     """
 
     norm: NormPart = LayerNorm()
-    alpha: float | None = None
-    beta: float | None = None
+    alpha: Positive | None = None
+    beta: Positive | None = None
 
     def build(self, slot: Slot) -> nn.Module:
         many = (3, 12) if self.cross is not None else (2, 8)

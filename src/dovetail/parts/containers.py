@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +21,7 @@ from dovetail.parts.weights import Drops
 from dovetail.spec import Slot, Spec, entry_of, register
 from dovetail.spec.categories import BlockPart, NormPart, PositionPart
 from dovetail.spec.paths import fold, selected
+from dovetail.spec.ranges import Chance
 
 
 @register(
@@ -40,7 +41,7 @@ class Stack(Spec):
     position: PositionPart = NoPosition()
     norm_in: NormPart | None = None
     norm: NormPart | None = RmsNorm()
-    dropout: float = 0.0
+    dropout: Chance = 0.0
     streams: Literal[1, 2] = 1
 
     @model_validator(mode="before")
@@ -53,11 +54,6 @@ class Stack(Spec):
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth is {depth!r}; give a whole number of at least 1")
         return data | {"blocks": _expanded(given, depth)}
-
-    @field_validator("blocks")
-    @classmethod
-    def _all_layers(cls, blocks: tuple[Spec, ...]) -> tuple[Spec, ...]:
-        return blocks
 
     def to_dict(self) -> dict[str, Any]:
         """Blocks compressed: one mapping when all agree, else a list with `layers`."""
@@ -111,7 +107,13 @@ class StackModule(Drops):
         return self.run(self.embed(x, ctx), ctx, None if state is None else state.layers)
 
     def new_layers(self, room: Room) -> list[dict[str, Any]]:
-        """Fresh layer states. Raises BuildError for a mixer that cannot decode."""
+        """Fresh layer states. Raises BuildError for a mixer that cannot decode, or room beyond the position table."""
+        limit = self.position.limit
+        if limit is not None and room.capacity > limit:
+            raise BuildError(
+                f"a state of {room.capacity} tokens, and the learned position table ends at {limit}",
+                remedy=f"give a capacity of at most {limit}",
+            )
         layers = []
         for i, block in enumerate(self.blocks):
             if not hasattr(block, "new_state"):
@@ -141,10 +143,16 @@ def _expanded(given: Any, depth: int) -> tuple[Any, ...]:
     if not any(isinstance(item, dict) and "layers" in item for item in items):
         if len(items) == 1:
             return tuple(items) * depth
+        if len(items) != depth and all(isinstance(item, Spec) and item == items[0] for item in items):
+            return (items[0],) * depth  # one block for all layers, expanded before the depth was changed
         if len(items) != depth:
-            raise ValueError(f"{len(items)} blocks for a depth of {depth}; give one, {depth}, or ranges with 'layers'")
+            raise ValueError(
+                f"{len(items)} blocks for a depth of {depth}; give one, {depth}, or ranges with 'layers' "
+                "(a stack whose layers differ needs its blocks set along with its depth)"
+            )
         return tuple(items)
     filled: list[Any] = [None] * depth
+    spans: list[tuple[Any, Any]] = []
     for item in items:
         if not isinstance(item, dict) or "layers" not in item:
             raise ValueError("a list of blocks with 'layers' needs it in every entry")
@@ -155,6 +163,10 @@ def _expanded(given: Any, depth: int) -> tuple[Any, ...]:
             raise ValueError(f"layers {item['layers']!r}: {error.what}") from None
         for i in rows:
             filled[i] = block
+        spans.append((item["layers"], block))
+    idle = [span for span, block in spans if not any(block is kept for kept in filled)]
+    if idle:
+        raise ValueError(f"the block for layers {idle[0]!r} has no effect: later entries replace it everywhere")
     missing = [i for i, block in enumerate(filled) if block is None]
     if missing:
         raise ValueError(f"no block is given for layers {missing}")

@@ -79,6 +79,10 @@ class Context:
         positions = order if positions is None else positions
         if positions.dim() == 2:
             positions = positions[..., None]
+        if positions.dim() != 3 or positions.shape[0] not in (1, batch) or positions.shape[1] != length:
+            raise DataError(
+                f"positions have shape {tuple(positions.shape)}", remedy=f"give {(batch, length)}, or (..., axes)"
+            )
         return Context(positions, order, segments, aligned=plain and begins)
 
     @property
@@ -159,6 +163,16 @@ def _within(segments: Tensor) -> Tensor:
     previous = segments.gather(-1, last.indices.roll(1, -1))  # number of the real token before, if there is one
     first = real & ((seen == 1) | (segments != previous))
     return torch.where(real, seen - torch.where(first, seen, 0).cummax(-1).values, 0)
+
+
+def refuse_memory(keys: Tensor | None, values: Tensor | None, path: str) -> None:
+    """Raises BuildError where a mixer that reads its own input alone is given keys or values."""
+    if keys is not None or values is not None:
+        raise BuildError(
+            "a mixer that reads its own input was given keys or values",
+            where=path,
+            remedy="leave them out, or build it as a cross mixer: one that can read an encoder",
+        )
 
 
 _TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "memory_positions", "cond")

@@ -10,7 +10,14 @@ from dovetail.parts.weights import Linear, Lookup, Rng
 from dovetail.spec import Slot, Spec, register
 
 
-@register("embedding", "token", default=True, oracle="torch.nn.Embedding", source="Vaswani et al. 2017, section 3.4")
+@register(
+    "embedding",
+    "token",
+    default=True,
+    oracle="torch.nn.Embedding",
+    source="Vaswani et al. 2017, section 3.4",
+    also="head",
+)
 class TokenEmbedding(Spec):
     """A row for each id, times `scale` (sqrt(dim) in the original Transformer)."""
 

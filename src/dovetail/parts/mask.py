@@ -13,9 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dovetail.errors import BuildError
 from dovetail.kernels.attention.coords import Side
 from dovetail.spec import Spec, register
 from dovetail.spec.categories import MaskPart
+from dovetail.spec.ranges import Count, Natural
 
 
 class Mask(Spec):
@@ -77,7 +79,7 @@ class Causal(Mask):
 class Window(Mask):
     """0 <= i - j < size: the last `size` tokens, oneself included."""
 
-    size: int
+    size: Count
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         back = q.order - k.order
@@ -96,7 +98,7 @@ class Window(Mask):
 class Beyond(Mask):
     """i - j >= size: everything before the window of `size`."""
 
-    size: int
+    size: Count
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         return q.order - k.order >= self.size
@@ -108,9 +110,9 @@ class Beyond(Mask):
 class Chunks(Mask):
     """Chunks of `size` tokens: one's own, `before` chunks before it and `after` after it."""
 
-    size: int
-    before: int = 1
-    after: int = 0
+    size: Count
+    before: Natural = 1
+    after: Natural = 0
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         back = q.order // self.size - k.order // self.size
@@ -136,7 +138,7 @@ class Band(Mask):
 class Prefix(Mask):
     """j < length: the first `length` tokens are seen by all (`Causal() | Prefix(n)`; with a window: sinks)."""
 
-    length: int
+    length: Count
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         return (k.order < self.length) & (q.order == q.order)
@@ -146,7 +148,7 @@ class Prefix(Mask):
 class Dilated(Mask):
     """(i - j) mod step == 0: every `step`-th token (atrous attention)."""
 
-    step: int
+    step: Count
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         return torch.remainder(q.order - k.order, self.step) == 0
@@ -158,7 +160,7 @@ class Dilated(Mask):
 class Strided(Mask):
     """The last `stride` tokens, and every `stride`-th before them (OpenAI's strided pattern; `&` it with Causal)."""
 
-    stride: int
+    stride: Count
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         back = q.order - k.order
@@ -231,6 +233,20 @@ class Or(Several):
         for rule in others:
             seen = seen | rule.allowed(q, k)
         return seen
+
+
+def narrowed(rule: Mask, extra: Mask | None, path: str) -> Mask:
+    """`rule & extra`, interned. Raises BuildError for an extra mask that hides nothing beyond `rule`."""
+    if extra is None:
+        return interned(rule)
+    joined = rule & extra
+    if joined == rule or (isinstance(extra, Or) and rule in extra.each()):
+        raise BuildError(
+            f"the mask {extra.kind!r} hides nothing here beyond {rule.kind!r}, which always holds",
+            where=path,
+            remedy="leave mask out, or give one that hides more, e.g. {kind: window, size: 512}",
+        )
+    return interned(joined)
 
 
 _INTERNED: dict[str, Mask] = {}

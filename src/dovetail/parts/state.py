@@ -113,12 +113,16 @@ class Timeline:
         self.order, self.positions = self.order[indices], self.positions[indices]
         self.length = self.length[indices]
 
-    def truncate(self, length: int) -> None:
+    def check_truncate(self) -> None:
+        """Raises RunError for a ring that has overwritten what would be needed."""
         if self.ring is not None and int(self.length.max()) > self.slots:
             raise RunError(
                 "a ring that has wrapped cannot be truncated: what it overwrote is gone",
                 remedy="take a snapshot() before, or decode without a window",
             )
+
+    def truncate(self, length: int) -> None:
+        self.check_truncate()
         self.order = torch.where(self.order >= length, FAR, self.order)
         self.length = self.length.clamp_max(length)
         if self.count is not None:
@@ -283,6 +287,13 @@ class State:
         self.length = self.length + (T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
         self.count = self.count + T if self.count is not None and ctx.segments is None else None
 
+    def check_batch(self, batch: int) -> None:
+        """Raises RunError for tokens of another number of rows."""
+        if batch != self.room.batch:
+            raise RunError(
+                f"{batch} rows of tokens for a state of {self.room.batch}", remedy=f"call model.new_state({batch}, ...)"
+            )
+
     def reorder(self, indices: Tensor) -> None:
         """Row b becomes what row indices[b] was: (B',) int64. Beams and shared prompts."""
         self._each(lambda part: part.reorder(indices))
@@ -292,7 +303,11 @@ class State:
         self.room.batch = indices.shape[0]
 
     def truncate(self, length: int) -> None:
-        """Forgets every token from number `length` on. Raises RunError where that is impossible."""
+        """Forgets every token from number `length` on. Raises RunError, and forgets nothing, where that is impossible."""
+        if length < 0:
+            raise RunError(f"a state cannot be truncated to {length} tokens", remedy="give 0 or more")
+        for timeline in self.room.timelines.values():
+            timeline.check_truncate()
         self._each(lambda part: part.truncate(length))
         for timeline in self.room.timelines.values():
             timeline.truncate(length)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dovetail.errors import SpecError, UserError
 from dovetail.report import heal as healing
-from dovetail.report.measure import Quality, divergence, quality, token_nats
+from dovetail.report.measure import Quality, divergence, in_dtype, quality, token_nats
 from dovetail.report.recipe import Arm, tokens_of
 from dovetail.spec import override
 from dovetail.surgery import Transplant, transplant
@@ -25,6 +25,7 @@ _KL_TOKENS = 4096
 @dataclass
 class Trial:
     """What came of one arm. nats: for each stage, (rows, length) of each seed. models: of the first seed.
+    measured: copies of them in the dtype that was computed in, or the same ones.
 
     transplant: None where nothing was swapped. random: stages whose result depends on the seed.
     """
@@ -35,6 +36,7 @@ class Trial:
     stride: int | None
     transplant: Transplant | None
     models: dict[Stage, Any] = field(default_factory=dict)
+    measured: dict[Stage, Any] = field(default_factory=dict)
     nats: dict[Stage, list[Tensor]] = field(default_factory=dict)
     quality: dict[Stage, list[Quality]] = field(default_factory=dict)
     seeds: dict[Stage, tuple[int, ...]] = field(default_factory=dict)
@@ -81,11 +83,14 @@ def run(
     seeds: Sequence[int],
     *,
     stride: int | None = None,
+    reference: Any = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Trial:
     """Makes the arm from `base` and scores it on rows (R, length + 1); with heal, before and after it.
 
-    stride: step of truncated windows. tell: is told what begins.
+    stride: step of truncated windows. reference: a copy of `base` in the dtype to compute in, where that is not its
+    own; then copies in that dtype are scored. tell: is told what begins. Raises SpecError for a truncation or redraw
+    without effect.
     """
     context = getattr(base.spec, "context", None)
     see = None if arm.truncate is None else tokens_of(arm.truncate, context)
@@ -96,27 +101,29 @@ def run(
             remedy="leave truncate out, or score at a longer length",
         )
     trial = Trial(arm, rows.shape[1] - 1, see, stride if see is not None else None, None)
+    reference = base if reference is None else reference
     for seed in seeds:
         tell(f"{arm.name}" + (f", seed {seed}" if trial.random.get("as it is") or arm.heal else ""))
         model, done = _make(base, arm, seed)
         drawn = done is not None and bool(done.reinitialised)
         if seed == seeds[0] or drawn:
             trial.transplant = trial.transplant or done
-            _score(trial, "as it is", model, base, rows, seed, drawn)
+            _score(trial, "as it is", model, _like(reference, base, model), reference, rows, seed, drawn)
         if arm.heal is not None:
             model = healing.heal(model, arm.heal, seed)
-            _score(trial, "healed", model, base, rows, seed, True)
+            _score(trial, "healed", model, _like(reference, base, model), reference, rows, seed, True)
         elif not drawn:
             break
     return trial
 
 
-def untested(base: Any, arm: Arm, length: int, seed: int) -> Trial:
+def untested(base: Any, arm: Arm, length: int, seed: int, reference: Any) -> Trial:
     """The arm made (and healed) without a score, where there is nothing to score it on."""
     model, done = _make(base, arm, seed)
     trial = Trial(arm, length, None, None, done, {"as it is": model})
     if arm.heal is not None:
         trial.models["healed"] = healing.heal(model, arm.heal, seed)
+    trial.measured[trial.last] = _like(reference, base, trial.models[trial.last])
     return trial
 
 
@@ -163,13 +170,22 @@ def _make(base: Any, arm: Arm, seed: int) -> tuple[Any, Transplant | None]:
     return done.model, done
 
 
-def _score(trial: Trial, stage: Stage, model: Any, base: Any, rows: Tensor, seed: int, drawn: bool) -> None:
-    nats = token_nats(model, rows, see=trial.see, stride=trial.stride)
+def _like(reference: Any, base: Any, model: Any) -> Any:
+    """`model` as it is measured: itself where `base` is, else a copy in the dtype of `reference`."""
+    if reference is base or model is base:
+        return model if reference is base else reference
+    return in_dtype(model, next(reference.parameters()).dtype)
+
+
+def _score(
+    trial: Trial, stage: Stage, model: Any, measured: Any, reference: Any, rows: Tensor, seed: int, drawn: bool
+) -> None:
+    nats = token_nats(measured, rows, see=trial.see, stride=trial.stride)
     first = stage not in trial.nats
     kl = None
-    if first and model is not base:
-        context = min(getattr(base.spec, "context", None) or trial.length, trial.length)
-        kl = divergence(model, base, rows[: max(1, _KL_TOKENS // context), :context])
+    if first and measured is not reference:
+        context = min(getattr(reference.spec, "context", None) or trial.length, trial.length)
+        kl = divergence(measured, reference, rows[: max(1, _KL_TOKENS // context), :context])
     least = trial.length if trial.see is None else trial.see - (trial.stride or max(1, trial.see // 2)) + 1
     seen = (trial.length, trial.length) if trial.see is None else (least, trial.see)
     trial.nats.setdefault(stage, []).append(nats)
@@ -177,4 +193,4 @@ def _score(trial: Trial, stage: Stage, model: Any, base: Any, rows: Tensor, seed
     trial.seeds[stage] = (*trial.seeds.get(stage, ()), seed)
     trial.random[stage] = drawn
     if first:
-        trial.models[stage] = model
+        trial.models[stage], trial.measured[stage] = model, measured

@@ -18,7 +18,7 @@ from dovetail.hub import files, load, load_tokenizer
 from dovetail.hub.remote import resolve
 from dovetail.report import arms, html, render
 from dovetail.report.cost import Cost, Job, costs, machine, versions
-from dovetail.report.measure import Quality, device_of
+from dovetail.report.measure import Quality, computed_in, device_of, dtype_of, in_dtype
 from dovetail.report.plain import plain
 from dovetail.report.recipe import Comparison, tokens_of
 from dovetail.report.text import encoded, recut, rows_within, tokens_hash
@@ -62,12 +62,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that a comparison found. rows: in the format of docs/results. text: corpus and hashes."""
+    """Everything that a comparison found.
+
+    context: trained length in tokens. spec: of the model as it is. text: corpus, hashes and tokens scored. dtype: of
+    the weights, what is computed in, and of the state.
+    """
 
     name: str
     title: str
     date: str
     device: str
+    dtype: str
     versions: Mapping[str, str]
     command: str
     context: int | None
@@ -82,7 +87,7 @@ class Result:
     out: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON, with `rows`."""
+        """Plain data, for JSON, with `rows` in the format of docs/results."""
         return plain(self) | {"rows": _rows(self)}
 
     def __rich__(self) -> Any:
@@ -102,8 +107,11 @@ def compare(
     """Runs the arms of a recipe, prints what was found, and writes index.html and report.json into `out`.
 
     recipe: a YAML file or plain data (see `Comparison`). overrides: `data.tokens=8192`, `arms.0.length=2x`.
-    out: the recipe's own unless given. quiet: nothing on the terminal.
-    Raises SpecError for a recipe that does not fit, DataError for a text too short, RunError for a disk full.
+    out: a folder, replaced as a whole once all is measured; the recipe's own unless given. quiet: nothing on the
+    terminal. Every arm is scored on the same tokens, in rows (R, length + 1) of its own length that lie within one
+    document. Units: losses and divergences in nats/token, rates in tokens/s (batch 1), memory and state in bytes.
+    Raises SpecError for a recipe that does not fit, CheckpointError and ConfigError for a model that does not load,
+    DataError for a text too short, RunError for losses that are not finite or a full disk.
     """
     asked = recipe if isinstance(recipe, Comparison) else Comparison.load(_source(recipe), overrides)
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
@@ -111,6 +119,8 @@ def compare(
     folder = resolve(asked.model.path)
     tokenizer = load_tokenizer(folder)
     model = load(folder, dtype=asked.model.dtype, device=choose(asked.model.device))
+    if asked.model.dtype is None:
+        model = in_dtype(model, computed_in(model))
     console = Console(stderr=True, quiet=quiet)
     bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -126,8 +136,8 @@ def compare(
         (scratch / "report.json").write_text(data + "\n", encoding="utf-8")
     if not quiet:
         screen = Console(highlight=False)
-        if not screen.is_terminal:  # a file or a pipe has no width of its own
-            screen = Console(highlight=False, width=140)
+        if not screen.is_terminal:
+            screen = Console(highlight=False, width=render.WIDTH)
         screen.print(result)
         screen.print(f"\nreport: {Path(result.out) / 'index.html'}", soft_wrap=True)
     return result
@@ -159,6 +169,7 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
         + ("" if context is None else f", trained at {context} tokens"),
         date=datetime.date.today().isoformat(),
         device=machine(device_of(model)),
+        dtype=dtype_of(model),
         versions=versions(),
         command=command,
         context=context,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.report.measure import device_of, evaluating
+from dovetail.report.measure import device_of, dtype_of, evaluating
 from dovetail.training.flops import flops_per_token, parameter_count
 
 _TURN = 0.02  # seconds
@@ -30,6 +30,7 @@ class Size:
 
     flops_per_token: forward, averaged over a row of `length`. state_bytes: what decoding remembers of `length` tokens
     of one row. state_bytes_per_token: growth of that per further token (0 for windows and recurrences).
+    dtype: of the weights and of that state (what a recurrence must keep in fp32 is counted as fp32).
     """
 
     length: int
@@ -38,6 +39,7 @@ class Size:
     flops_per_token: float
     state_bytes: int
     state_bytes_per_token: float
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def size(model: Any, length: int) -> Size:
         flops_per_token(model, length),
         small,
         (large - small) / length,
+        dtype_of(model),
     )
 
 
@@ -94,10 +97,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Job:
-    """A model and the prompt (1,T) that it is timed on."""
+    """A model and the prompt (1,T) that it is timed on. timed: the copy of it that is run, where it is not itself."""
 
     model: Any
     prompt: Tensor
+    timed: Any = None
+
+    @property
+    def runs(self) -> Any:
+        """What is run."""
+        return self.model if self.timed is None else self.timed
 
 
 def costs(
@@ -117,7 +126,7 @@ def costs(
     if not rounds:
         return {name: Cost(sizes[same[name]]) for name in jobs}
     rates = measured_rates(apart, new, rounds, seconds)
-    memory = {name: peak_memory(job.model, job.prompt) for name, job in apart.items()}
+    memory = {name: peak_memory(job.runs, job.prompt) for name, job in apart.items()}
     out = {}
     for name, job in jobs.items():
         prefill, decode = (_rate(a, b) for a, b in zip(rates[same[name]], rates[same[against[name]]], strict=True))
@@ -185,16 +194,17 @@ def _prefill(model: Any, prompt: Tensor, new: int) -> tuple[Any, Tensor]:
 @torch.inference_mode()
 def _time(job: Job, new: int) -> tuple[float, float]:
     """Seconds of the prefill and of `new` steps after it."""
-    device = device_of(job.model)
+    model = job.runs
+    device = device_of(model)
     prompt = job.prompt.to(device)
-    with evaluating(job.model):
+    with evaluating(model):
         _wait(device)
         begin = time.perf_counter()
-        state, token = _prefill(job.model, prompt, new)
+        state, token = _prefill(model, prompt, new)
         _wait(device)
         middle = time.perf_counter()
         for _ in range(new):
-            token = job.model(token, state=state).logits.argmax(-1)
+            token = model(token, state=state).logits.argmax(-1)
         _wait(device)
         return middle - begin, time.perf_counter() - middle
 

@@ -16,10 +16,13 @@ def evaluate(
     """Scores every token of `text` once, in windows of `length` tokens that step by `stride`.
 
     length: the model's trained context unless given (the whole text when it has none). stride: half of it. The
-    tokenizer's BOS, where there is one, begins the text, so that its first token is scored too. Returns
-    nats_per_token, perplexity, bits_per_byte (UTF-8, of what was scored), tokens, bytes, windows, length, stride
-    and the SHA-256 of the text. Raises DataError for a text with
-    nothing to predict, or a stride beyond the length.
+    tokenizer's BOS, where there is one, begins the text, so that its first token is scored too. The model is run as it
+    is, in its own dtype (bf16 on a CPU is slow: load it with dtype="float32").
+
+    Returns nats_per_token (mean of -log p), perplexity (its exponential), bits_per_byte (None where no byte was
+    scored), tokens and bytes (UTF-8) that were scored, windows, length and stride (in tokens), text_sha256.
+    Raises DataError for a text with nothing to predict, a stride beyond the length or ids outside the vocabulary,
+    UserError for what is no language model of one stream, RunError for losses that are not finite.
     """
     ids, before = encoded(tokenizer, text)
     questions = ids.shape[0] - 1

@@ -21,7 +21,7 @@ from dovetail.training.recipe import Data
 
 
 def heal(model: Any, how: Heal, seed: int) -> Any:
-    """`model` trained on as `how` says, as a new model of the same dtype and device; `model` stays as it is.
+    """`model` trained on as `how` says, as a new model of the same dtypes and device; `model` stays as it is.
 
     seed: of the order of the rows. Raises UserError for a model without a checkpoint's tokenizer, RunError as
     training does.
@@ -32,14 +32,16 @@ def heal(model: Any, how: Heal, seed: int) -> Any:
             "healing needs a tokenizer, and this model came from no checkpoint",
             remedy="save it beside a tokenizer (dt.save(..., tokenizer_from=folder)) and load it again",
         )
-    weight = next(model.parameters())
     with tempfile.TemporaryDirectory(prefix="dovetail-heal-") as scratch, _same_random_numbers():
         start, end = Path(scratch) / "start", Path(scratch) / "end"
         hub.save(model, start, format="dovetail", tokenizer_from=origin.folder)
         train = how.train.model_copy(update={"seed": seed, "device": str(device_of(model))})
         data = Data(train=how.data)  # type: ignore[arg-type]
         fit(Recipe(model=str(start), data=data, train=train, out=str(end)), progress=False)
-        healed = hub.load(end, dtype=weight.dtype, device=weight.device)
+        healed = hub.load(end, device=device_of(model))
+    stored = dict(model.named_parameters())
+    for name, parameter in healed.named_parameters():
+        parameter.data = parameter.data.to(stored[name].dtype)
     healed.origin = origin
     return healed
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dovetail.report import plots
-from dovetail.report.render import averaged, kl, merged, rate, si
+from dovetail.report.render import averaged, bounded, computed, growth, kl, merged, rate, si
 
 if TYPE_CHECKING:
     from dovetail.report.compare import ArmResult, Result
@@ -24,9 +24,10 @@ h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.
 p { margin: .4rem 0; } .soft { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; } tbody tr:nth-child(even) { background: var(--tint); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; } td.text { white-space: normal; }
 thead th { color: var(--soft); font-weight: 600; }
-svg { max-width: 100%; height: auto; } svg text { font-family: inherit; }
+svg { max-width: 100%; height: auto; } svg text { font-family: system-ui, "PingFang SC", "Noto Sans CJK SC", sans-serif !important; }
 .beats { color: var(--good); } .loses { color: var(--bad); font-weight: 600; } .unresolved { color: var(--open); }
 pre, code { font: 13px/1.5 ui-monospace, monospace; } pre { background: var(--tint); padding: .7rem; overflow-x: auto;
   white-space: pre-wrap; overflow-wrap: anywhere; } details { margin: .5rem 0; } summary { cursor: pointer; }
@@ -38,13 +39,14 @@ def page(result: Result) -> str:
     lengths = list(dict.fromkeys(arm.length for arm in result.arms))
     body = [
         f"<h1>{escape(result.name)}</h1><p>{escape(result.title)}</p>",
-        f'<p class="soft">{escape(result.date)} · {escape(result.device)} · '
+        f'<p class="soft">{escape(result.date)} · {escape(result.device)}, computed in {escape(result.dtype)} · '
         + escape(", ".join(f"{k} {v}" for k, v in result.versions.items()))
         + f" · <code>{escape(result.command)}</code></p>",
         *(part for length in lengths for part in _by_position(result, length)),
         "<h2>State and speed</h2>" + _costs(result.arms),
-        '<p class="soft">State: bytes that decoding one row remembers. Speed: medians of rounds in which every arm took '
-        "its turn in one process, batch 1, eager; in brackets the median ratio to the first arm of the same length, round by round. "
+        f'<p class="soft">{escape(computed(result.dtype, result.arms[0].cost))} State: what decoding one row remembers. '
+        + " ".join(escape(note) for note in bounded((a.name, a.see) for a in result.arms))
+        + " Speed: medians of rounds in which every arm took its turn in one process, batch 1, eager; in brackets the median ratio to the first arm of the same length, round by round. "
         f"Peak memory: of a prefill, above the weights{_memory_note(result)}.</p>",
         "<h2>Quality against cost</h2>" + _quality_cost(result),
         "<h2>Orders</h2>" + _verdicts(result) + f'<p class="soft">{escape(result.claims)}</p>',
@@ -70,7 +72,14 @@ def _by_position(result: Result, length: int) -> list[str]:
         for arm in here
     }
     mark = result.context if result.context is not None and result.context < length else None
-    plot = plots.lines(series, x="position in the row, tokens", y="nats/token", mark=mark, mark_is="trained context")
+    plot = plots.lines(
+        series,
+        x="position in the row, tokens",
+        y="nats/token",
+        mark=mark,
+        mark_is="trained context",
+        like=_healed(here),
+    )
     spans = (f"{b.start}-{b.stop - 1}" for b in merged(averaged(here[0])))
     head = ["arm", "nats/token", "spread over seeds", "seeds", *spans, "KL from the model as it was"]
     rows = []
@@ -95,8 +104,13 @@ def _by_position(result: Result, length: int) -> list[str]:
     ]
 
 
-def _costs(arms: Iterable[ArmResult]) -> str:
-    head = ["arm", "parameters", "FLOPs/token", "state bytes/token", "state, bytes", "at tokens", "prefill tokens/s",
+def _healed(arms: Iterable[ArmResult]) -> dict[str, str]:
+    """Healed arms by name, and the arm that each was before."""
+    return {arm.name: arm.name.removesuffix(f", {arm.stage}") for arm in arms if arm.stage == "healed"}
+
+
+def _costs(arms: Sequence[ArmResult]) -> str:
+    head = ["arm", "parameters", "FLOPs/token", f"state bytes/token, {arms[0].cost.size.dtype}", "state bytes", "at tokens", "prefill tokens/s",
             "decode tokens/s", "peak memory, bytes"]  # fmt: skip
     rows = []
     for arm in arms:
@@ -104,10 +118,10 @@ def _costs(arms: Iterable[ArmResult]) -> str:
             continue  # healing changes no cost
         s, speed, memory = arm.cost.size, arm.cost.speed, arm.cost.memory
         rows.append([
-            arm.name, f"{s.parameters:,}", si(s.flops_per_token),
-            "0" if arm.see is not None else f"{s.state_bytes_per_token:,.0f}", f"{s.state_bytes:,}", f"{s.length:,}",
+            arm.name, f"{s.parameters:,}", si(s.flops_per_token), growth(arm.cost, arm.see), si(s.state_bytes),
+            f"{s.length:,}",
             "" if speed is None else rate(speed.prefill), "" if speed is None else rate(speed.decode),
-            "" if memory is None or memory.bytes is None else f"{memory.bytes:,}",
+            "" if memory is None or memory.bytes is None else si(memory.bytes),
         ])  # fmt: skip
     return table(head, rows)
 
@@ -118,8 +132,12 @@ def _memory_note(result: Result) -> str:
 
 
 def _quality_cost(result: Result) -> str:
-    series = {f"{arm.name} ({arm.length})": (float(arm.cost.size.state_bytes), arm.nats) for arm in result.arms}
-    return plots.points(series, x="state, bytes (log)", y="nats/token")
+    series = {arm.name: (float(arm.cost.size.state_bytes), arm.nats) for arm in result.arms}
+    x = f"state bytes of one row, {result.arms[0].cost.size.dtype} (log scale)"
+    note = (
+        '<p class="soft">Lower and further left is better. Arms scored at other lengths answer with other contexts.</p>'
+    )
+    return plots.points(series, x=x, y="nats/token", like=_healed(result.arms)) + note
 
 
 def _verdicts(result: Result) -> str:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from dovetail.errors import SpecError, did_you_mean
-from dovetail.spec import Part, Spec
+from dovetail.spec.categories import CorpusPart
 from dovetail.spec.spec import validate
-from dovetail.training.recipe import Section, Train, read_yaml
+from dovetail.training.recipe import Section, Train, overridden
 
-CorpusPart = Annotated[Spec, Part("corpus")]
 Length = int | str  # tokens, or a multiple of the trained context such as "4x"
 
 
 class Model(Section):
-    """path: a checkpoint directory or hub id, with its tokenizer. dtype: the stored one unless given."""
+    """path: a checkpoint directory or hub id, with its tokenizer.
+
+    dtype: what is computed in; the stored one unless given, and float32 on a CPU where that is narrower.
+    """
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -131,12 +132,7 @@ class Comparison(Section):
     def load(source: str | Path | dict[str, Any], overrides: Iterable[str] = ()) -> Comparison:
         """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError for a bad key or value."""
         where = str(source) if isinstance(source, (str, Path)) else "recipe"
-        data = read_yaml(Path(source)) if isinstance(source, (str, Path)) else source
-        if not isinstance(data, dict):
-            raise SpecError("a recipe is a mapping", where=where, remedy="see recipes/first.yaml")
-        for text in overrides:
-            data = _assigned(data, text)
-        fields: dict[str, Any] = {**data}
+        fields = overridden(source, overrides, Comparison.model_fields, "recipes/first.yaml")
         for name, section in (("model", Model), ("data", Data), ("speed", Speed)):
             if isinstance(fields.get(name), dict):
                 fields[name] = validate(section, fields[name], where=f"{where}: {name}")
@@ -174,28 +170,3 @@ def _arm(data: Any, where: str) -> Arm:
     if fields.get("heal") is not None:
         fields["heal"] = read_heal(fields["heal"], f"{where}.heal")
     return validate(Arm, fields, where=where)
-
-
-def _assigned(data: dict[str, Any], text: str) -> dict[str, Any]:
-    """`data` with `a.b.0.c=value` set; the schema then judges the names."""
-    path, sign, value = text.partition("=")
-    if not sign or not path:
-        raise SpecError(f"{text!r} is not an override", remedy="write key=value, e.g. data.tokens=8192")
-    try:
-        return _set(data, path.strip().split("."), yaml.safe_load(value))
-    except yaml.YAMLError as error:
-        raise SpecError(f"the value is not YAML: {error}", where=text) from None
-    except (LookupError, ValueError, TypeError):
-        raise SpecError(
-            f"{path} matches nothing in the recipe", where=text, remedy="name keys, or numbers in lists"
-        ) from None
-
-
-def _set(here: Any, steps: list[str], value: Any) -> Any:
-    if not steps:
-        return value
-    if isinstance(here, list):
-        at = range(len(here))[int(steps[0])]
-        return [*here[:at], _set(here[at], steps[1:], value), *here[at + 1 :]]
-    here = {} if here is None else dict(here)
-    return here | {steps[0]: _set(here.get(steps[0]), steps[1:], value)}

@@ -15,8 +15,10 @@ from dovetail.report.measure import Bucket
 if TYPE_CHECKING:
     from dovetail.report.arms import Verdict
     from dovetail.report.compare import ArmResult, Result
+    from dovetail.report.cost import Cost
     from dovetail.report.swap import Report
 
+WIDTH = 100  # columns, where a file or a pipe has no width of its own
 _MARK = {"beats its trivial rival": "green", "loses to its trivial rival": "bold red", "unresolved": "yellow"}
 
 
@@ -35,18 +37,22 @@ def swap_report(report: Report) -> Group:
     lines: list[Any] = [changed, Text(kept + f"{len(report.dropped)} dropped")]
     if report.moves:
         lines.append(moves)
-    return Group(*lines, _columns(report), Text(f"rival: {report.rival}"), *verdict_lines(report.verdicts))
+    lines.append(_columns(report))
+    lines.append(Text(computed(report.computed_in, report.columns[0].cost), style="dim"))
+    lines += [Text(note, style="dim") for note in bounded((c.name, c.see) for c in report.columns)]
+    return Group(*lines, Text(f"rival: {report.rival}"), *verdict_lines(report.verdicts))
 
 
 def _columns(report: Report) -> Table:
     table = _table(f"at {report.length} tokens", *(c.name for c in report.columns), right=len(report.columns))
+    dtype = report.columns[0].cost.size.dtype
     facts: list[tuple[str, Any]] = [
         ("nats/token", lambda c: None if c.nats is None else f"{c.nats:.4f}"),
         ("KL from before, nats/token", lambda c: None if c.quality is None or c.quality.kl is None else f"{c.quality.kl:.4f}"),
         ("parameters", lambda c: f"{c.cost.size.parameters:,}"),
         ("FLOPs/token", lambda c: si(c.cost.size.flops_per_token)),
-        ("state bytes/token", lambda c: f"{c.cost.size.state_bytes_per_token:,.0f}"),
-        ("state bytes", lambda c: si(c.cost.size.state_bytes)),
+        (f"state bytes/token, {dtype}", lambda c: growth(c.cost, c.see)),
+        (f"state bytes, {dtype}", lambda c: si(c.cost.size.state_bytes)),
         *_speed_facts("prefill"),
         *_speed_facts("decode"),
         ("peak memory, bytes", lambda c: None if c.cost.memory is None or c.cost.memory.bytes is None else si(c.cost.memory.bytes)),
@@ -86,21 +92,31 @@ def comparison(result: Result) -> Group:
         times = "" if result.context is None else f" ({length / result.context:g}x the trained context)"
         table = _table(
             "arm",
-            "nats/token",
-            "over seeds ±",
+            "mean",
+            "spread",
             *spans,
             "KL",
             right=3 + len(spans),
-            title=f"loss by position, rows of {length} tokens{times}",
+            title=f"loss by position, nats/token, rows of {length} tokens{times}",
         )
         for arm in here:
             spread = "?" if arm.spread is None else f"{arm.spread:.4f}" if arm.spread else "-"
             nats = (f"{b.nats:.3f}" for b in merged(averaged(arm)))
             table.add_row(arm.name, f"{arm.nats:.4f}", spread, *nats, kl(arm))
         lines.append(table)
-    lines.append(Text("KL: from the model as it was, within its trained context, nats/token.", style="dim"))
-    lines += [Text(""), _costs(result), Text("")]
-    lines += [Text("orders", style="bold"), *verdict_lines(result.verdicts), Text(result.claims, style="dim"), Text("")]
+    legend = (
+        "spread: over seeds, ? where one seed cannot tell it. KL: from the model as it was, within its trained context."
+    )
+    lines.append(Text(legend, style="dim"))
+    lines += [Text(""), _costs(result), Text(computed(result.dtype, result.arms[0].cost), style="dim")]
+    lines += [Text(note, style="dim") for note in bounded((a.name, a.see) for a in result.arms)]
+    lines += [
+        Text(""),
+        Text("orders", style="bold"),
+        *verdict_lines(result.verdicts),
+        Text(result.claims, style="dim"),
+        Text(""),
+    ]
     for prompt in dict.fromkeys(s.prompt for s in result.samples):
         lines.append(Text(f"samples ({result.samples_are}): {prompt!r}", style="bold"))
         lines += [
@@ -122,13 +138,33 @@ def _costs(result: Result) -> Table:
         peak = None if cost.memory is None else cost.memory.bytes
         table.add_row(
             arm.name,
-            f"{cost.size.state_bytes_per_token:,.0f}" if arm.see is None else "0",
+            growth(cost, arm.see),
             si(cost.size.state_bytes) + "B",
             "-" if cost.speed is None else rate(cost.speed.prefill),
             "-" if cost.speed is None else rate(cost.speed.decode),
             "-" if peak is None else si(peak) + "B",
         )
     return table
+
+
+def computed(dtype: str, cost: Cost) -> str:
+    """What the numbers were computed in, and what the bytes are of."""
+    held = cost.size.dtype
+    return f"computed in {dtype}; bytes are of weights and state in {held}."
+
+
+def growth(cost: Cost, see: int | None) -> str:
+    """State bytes per further token: none where the model is shown `see` tokens at a time."""
+    return "0" if see is not None else f"{cost.size.state_bytes_per_token:,.0f}"
+
+
+def bounded(shown: Iterable[tuple[str, int | None]]) -> list[str]:
+    """Why a truncated arm's state does not grow, for those (name, see) that are truncated."""
+    return [
+        f"{name}: 0 bytes per further token, as it is shown at most {see} at a time: its state is bounded."
+        for name, see in shown
+        if see is not None
+    ]
 
 
 def averaged(arm: ArmResult) -> list[Bucket]:
@@ -146,7 +182,7 @@ def kl(arm: ArmResult) -> str:
 
 
 def verdict_lines(verdicts: Iterable[Verdict]) -> list[Text]:
-    """One line a verdict, with the numbers that it rests on."""
+    """Each verdict, and below it the numbers that it rests on."""
     out = []
     for v in verdicts:
         stage = "" if v.stage == "as it is" else ", healed"
@@ -155,7 +191,7 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[Text]:
         spread = "unknown (one seed)" if v.spread is None else f"{v.spread:.4f}"
         error = "unknown (one row)" if v.error is None else f"{v.error:.4f}"
         rival = "" if v.rival == "rival" else f" ({v.rival}{stage})"
-        line.append(f"{rival}, gap {v.gap:+.4f} nats/token; spread over seeds {spread}, error over rows {error}")
+        line.append(f"{rival}\n  gap {v.gap:+.4f} nats/token; spread over seeds {spread}; error over rows {error}")
         out.append(line)
     return out
 
@@ -187,7 +223,7 @@ def rate(measured: Any) -> str:
 def as_text(report: Any) -> str:
     """A report as plain text."""
     out = io.StringIO()
-    Console(file=out, width=120, force_terminal=False).print(report)
+    Console(file=out, width=WIDTH, force_terminal=False).print(report)
     return out.getvalue()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dovetail.errors import UserError
 from dovetail.report import arms, render
 from dovetail.report.cost import Cost, Job, costs, machine, versions
-from dovetail.report.measure import Quality, check_model, device_of
+from dovetail.report.measure import Quality, check_model, computed_in, device_of, dtype_of, in_dtype
 from dovetail.report.plain import plain
 from dovetail.report.recipe import Arm, Heal, read_heal
 from dovetail.report.text import documents_of, rows_within, tokens_hash
@@ -22,13 +22,15 @@ from dovetail.spec import Spec, diff, override
 from dovetail.surgery import Move, Transplant, transplant
 
 _SAMPLES = 32_768  # tokens scored, at most
+_SECONDS = 8.0  # of timing, after which no round begins once there were three
 
 
 @dataclass(frozen=True)
 class Column:
     """One way of having the model. name: "before", "after", "rival", "after, healed", "rival, healed".
 
-    quality: None where nothing was given to measure on; otherwise of the first seed. nats: mean over seeds.
+    quality: None where nothing was given to measure on; otherwise of the first seed. nats: mean over seeds,
+    nats/token. see: tokens that it is shown at a time, where truncated.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Column:
     cost: Cost
     quality: Quality | None
     nats: float | None
+    see: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Report:
     """What a swap changed. diff: (path, old, new) of the spec. moves: what happened to each part's weights.
 
     carried, reinitialised, dropped: parameter names (dropped ones are the old model's). rival: what the trivial
-    alternative is, or why there is none. verdicts: after against it. length: tokens in a scored row.
+    alternative is, or why there is none. verdicts: after against it. length: tokens in a scored row; rows: how many.
+    computed_in: dtype of the copies that were scored and timed; bytes of weights and state are in their own (cost.size).
     """
 
     diff: tuple[tuple[str, Any, Any], ...]
@@ -58,6 +62,7 @@ class Report:
     rows: int
     tokens_sha256: str | None
     device: str
+    computed_in: str
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,17 +91,22 @@ def swap(
     seed: int = 0,
     rounds: int = 7,
 ) -> tuple[Any, Report]:
-    """(the new model, the report). `model` stays as it is.
+    """(the new model, the report). `model` stays as it is; the new one has its dtypes and device.
 
     changes: overrides of its spec by path: {"blocks.*.mixer.kv_heads": 2}. texts (with tokenizer), or tokens (N,) or
     (R,T) int64: what before, after and the trivial rival are scored on; without them no quality is reported.
     heal: {data: corpus, train: {...}}, a training after the swap; before and after it are measured, with two seeds,
     so that an order can be claimed. length: tokens in a scored row; the model's reach after the swap unless given.
-    rounds: of timing; 0 leaves speed and memory out.
+    rounds: of timing, batch 1; 0 leaves speed and memory out. seed: of whatever starts at random.
+
+    Units: losses and divergences in nats/token, rates in tokens/s, memory and state in bytes. Weights narrower than
+    fp32 on a CPU are scored and timed as copies in float32 (`report.computed_in`), which takes that much more memory;
+    bytes of weights and state are those of the stored dtype, which the report names.
 
     The trivial rival of parts that are only approximated is a random start of equal size; of a swap that keeps every
     weight, the model as it was, shown only its trained context at a time (where rows are longer than that).
-    Raises SpecError, BuildError for changes that do not fit, DataError for data too short.
+    Raises SpecError, BuildError for changes that do not fit, UserError for no changes, texts without a tokenizer, or
+    a model that is no language model of one stream, DataError for data too short, RunError for losses not finite.
     """
     if not changes:
         raise UserError("nothing to swap", remedy='give {path: part}, e.g. {"blocks.*.mixer.kv_heads": 2}')
@@ -106,19 +116,21 @@ def swap(
     documents = documents_of(tokens, texts, tokenizer)
     length = _length(length, new, documents)
     done = transplant(model, new, seed=seed)
+    reference = in_dtype(model, computed_in(model))
     swapped = Arm(name="after", length=length, swap=dict(changes), heal=asked)
     rival, why = _rival(model.spec, done, swapped, length)
     before = Arm(name="before", length=length)
     rows = None
     if documents:
         rows = rows_within(documents, length, _SAMPLES)
-        trials = [arms.run(model, arm, rows, (seed, seed + 1)) for arm in (before, swapped, rival) if arm is not None]
+        asks = [arm for arm in (before, swapped, rival) if arm is not None]
+        trials = [arms.run(model, arm, rows, (seed, seed + 1), reference=reference) for arm in asks]
     else:
-        trials = [arms.untested(model, arm, length, seed) for arm in (before, swapped)]
+        trials = [arms.untested(model, arm, length, seed, reference) for arm in (before, swapped)]
     some = torch.Generator().manual_seed(seed)
     prompt = torch.randint(new.vocab, (1, length), generator=some) if rows is None else rows[:1, :-1]
-    jobs = {t.arm.name: Job(t.models[t.last], prompt[:, : t.see or length]) for t in trials}
-    spent = costs(jobs, against=dict.fromkeys(jobs, "before"), rounds=rounds)
+    jobs = {t.arm.name: Job(t.models[t.last], prompt[:, : t.see or length], t.measured[t.last]) for t in trials}
+    spent = costs(jobs, against=dict.fromkeys(jobs, "before"), rounds=rounds, seconds=_SECONDS)
     words = {"before": "the model as it was", "after": "the swap", "rival": why}
     columns = tuple(
         Column(
@@ -127,6 +139,7 @@ def swap(
             spent[t.arm.name],
             t.quality[stage][0] if stage in t.quality else None,
             t.mean(stage) if stage in t.quality else None,
+            t.see,
         )
         for stage in arms.STAGES
         for t in trials
@@ -146,6 +159,7 @@ def swap(
         0 if rows is None else rows.shape[0],
         None if rows is None else tokens_hash(rows),
         machine(device_of(model)),
+        dtype_of(reference),
         versions(),
     )
     return result, report

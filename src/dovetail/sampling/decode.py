@@ -72,6 +72,14 @@ def begins(model: Any, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[in
     return [[model.spec.decoder_start]] * len(prompts)
 
 
+def check_options(sampling: Sampling, eos: tuple[int, ...], vocab: int) -> None:
+    """Raises UserError for ids that the model does not have, or where none is left to choose."""
+    limits.check_ids(torch.tensor([*sampling.suppress, *eos]), vocab)
+    barred = {*sampling.suppress, *(eos if sampling.min_new_tokens else ())}
+    if len(barred) >= vocab:
+        raise UserError("every token is suppressed", remedy="leave at least one out of suppress")
+
+
 class Decoding:
     """Greedy or drawn tokens, one `step` at a time; each row stops by itself and then only pads.
 
@@ -94,6 +102,7 @@ class Decoding:
         if sampling.beams > 1:
             raise UserError("beam search does not go token by token", remedy="use beam_search, or set beams=1")
         self.steps = ModelSteps(model, prompts, sampling.max_new_tokens)
+        check_options(sampling, eos, self.steps.first.shape[-1])
         self.sampling, self.eos, self.pad, self.keep = sampling, eos, pad, logprobs
         self.made = 0
         self.next: Tensor | None = None
@@ -118,6 +127,11 @@ class Decoding:
         """The next token of every row, (B,) int64; `pad` for rows that had finished."""
         own = self.steps.first if self.next is None else self.steps(self.next)
         scores = logits.constrain(own, self.history, self.sampling, self.made, self.eos)
+        if self.sampling.no_repeat_ngram is not None and bool((scores.isneginf().all(-1) & ~self.finished).any()):
+            raise UserError(
+                f"no_repeat_ngram={self.sampling.no_repeat_ngram} leaves no token to choose after {self.made} new ones",
+                remedy="give a larger no_repeat_ngram, or fewer max_new_tokens",
+            )
         if self.uniform is None:
             token = scores.argmax(-1)
         else:

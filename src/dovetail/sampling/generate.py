@@ -12,7 +12,7 @@ from torch import Tensor
 from dovetail.errors import UserError
 from dovetail.sampling.beam import Hypothesis, beam_search
 from dovetail.sampling.config import Sampling
-from dovetail.sampling.decode import Decoding, ModelSteps, begins
+from dovetail.sampling.decode import Decoding, ModelSteps, begins, check_options
 from dovetail.sampling.layout import vector_layout
 from dovetail.sampling.text import TextRow, Tokenizer
 
@@ -127,6 +127,7 @@ def stream(model: Any, tokenizer: Tokenizer | None, prompt: Any, **sampling: Any
 def _search(model: Any, rows: Prompts, sampling: Sampling, eos: tuple[int, ...]) -> list[list[Hypothesis]]:
     with torch.inference_mode():
         steps = ModelSteps(model, rows, sampling.max_new_tokens)
+        check_options(sampling, eos, steps.first.shape[-1])
         return beam_search(steps, steps.first, begins(model, rows), sampling, eos=eos)
 
 

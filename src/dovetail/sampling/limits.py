@@ -36,7 +36,7 @@ def table(spec: Spec) -> int | None:
     return min((length for length in lengths if length is not None), default=None)
 
 
-def check_lengths(spec: Spec, longest: int, new: int, vocab: int | None = None) -> None:
+def check_lengths(spec: Spec, longest: int, new: int) -> None:
     """Raises UserError when a prompt of `longest` tokens, or it with `new` more, goes beyond the model."""
     rows, limit = table(spec), reach(spec)
     if rows is not None and longest + new > rows:
@@ -57,6 +57,8 @@ def check_lengths(spec: Spec, longest: int, new: int, vocab: int | None = None) 
 
 def check_ids(ids: Any, vocab: int) -> None:
     """Raises UserError when a token id is outside 0..vocab-1."""
+    if not ids.numel():
+        return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab:
         raise UserError(

@@ -20,3 +20,5 @@ ResamplePart = Annotated[Spec, Part("resample")]  # from one grid and width to a
 HeadPart = Annotated[Spec, Part("head")]  # hidden states to logits
 InitPart = Annotated[Spec, Part("init")]  # how weights start
 ContainerPart = Annotated[Spec, Part("container")]  # blocks in an arrangement
+CorpusPart = Annotated[Spec, Part("corpus")]  # texts to train on or to score
+ObjectivePart = Annotated[Spec, Part("objective")]  # what is minimised

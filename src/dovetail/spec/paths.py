@@ -19,8 +19,8 @@ from dovetail.spec.spec import Spec, field_category
 def override(spec: Spec, changes: Mapping[str, Any]) -> Spec:
     """`spec` with each path set to its value. The value is a Spec, plain data, or a kind's name.
 
-    A part whose kind belongs to a field *of* the part found there goes into that field: `{kind: yarn}`
-    on a rope becomes its `scaling`, the one place that takes a yarn.
+    Where the part found there names a field that it `adopts` for, a kind of that field's category goes into the
+    field: `{kind: yarn}` on a rope becomes its `scaling`. No other part moves from where it was put.
     Raises SpecError for a path that matches nothing, a value that does not fit, or a change to one
     side of a ref only.
     """
@@ -170,8 +170,8 @@ def _set(spec: Spec, steps: list[str], value: Any, path: str, touched: list[str]
 
 
 def _fit(category: str | None, current: Any, value: Any, where: str) -> Any:
-    """`value` as `category`, or placed into the one field of `current` whose category has its kind."""
-    if category is None or value is None:
+    """`value` as `category`, or placed into the field that `current` adopts its kind for."""
+    if category is None or value is None or (isinstance(current, tuple) and isinstance(value, (list, tuple))):
         return value
     kind = (
         value
@@ -181,15 +181,10 @@ def _fit(category: str | None, current: Any, value: Any, where: str) -> Any:
         else getattr(value, "kind", None)
     )
     fits = getattr(value, "category", "") == category or kind == "ref" or kind in registry.kinds(category)
-    if not fits and isinstance(current, Spec):
-        homes = []
-        for name in type(current).model_fields:
-            inner = field_category(type(current), name)
-            if inner and kind in registry.kinds(inner):
-                homes.append((name, inner))
-        if len(homes) == 1:
-            name, inner = homes[0]
-            return current.replace(**{name: Spec.parse(inner, value, f"{where}.{name}")})
+    if not fits and isinstance(current, Spec) and current.adopts is not None:
+        inner = field_category(type(current), current.adopts)
+        if inner and kind in registry.kinds(inner):
+            return current.replace(**{current.adopts: Spec.parse(inner, value, f"{where}.{current.adopts}")})
     return Spec.parse(category, value, where)
 
 
@@ -227,7 +222,11 @@ def _check_refs(old: Spec, new: Spec) -> None:
         try:
             owner = get(new, target)
         except SpecError:
-            raise SpecError(f"the ref at {path} points to {target!r}, which is not there", where=path) from None
+            raise SpecError(
+                f"the ref at {path} points to {target!r}, which is not there",
+                where=path,
+                remedy=f"set {path} to a part of its own, or its path to where the shared part stands",
+            ) from None
         try:
             same_ref, before = get(old, path) == part, get(old, target)
         except SpecError:
@@ -238,6 +237,44 @@ def _check_refs(old: Spec, new: Spec) -> None:
                 where=target,
                 remedy=f"set {path} too (to a part of its own)",
             )
+
+
+def check_shared(spec: Spec) -> None:
+    """Raises SpecError for a ref to a part of another category than its place takes.
+
+    A part may also stand where its registration says so (`also="head"`: an embedding is a tied head).
+    """
+    for path, part in walk(spec):
+        if part.kind != "ref":
+            continue
+        wanted, owner = _place_category(spec, path), part
+        seen: set[str] = set()
+        while isinstance(owner, Spec) and owner.kind == "ref":
+            target = getattr(owner, "path", "")
+            if target in seen:
+                raise SpecError(f"the ref at {path} leads back to itself", where=path, remedy="point it to a part")
+            seen.add(target)
+            try:
+                owner = get(spec, target)
+            except SpecError:
+                owner = None  # no part of the tree: the build says so if nothing stands there
+        if not isinstance(owner, Spec):
+            continue
+        if wanted not in (owner.category, registry.entry_of(owner).capabilities.get("also")):
+            raise SpecError(
+                f"the ref at {path} points to a {owner.category} ({owner.kind}) where a {wanted} belongs",
+                where=path,
+                remedy=f"point it to a {wanted}",
+            )
+
+
+def _place_category(spec: Spec, path: str) -> str | None:
+    """The category that the field at `path` holds."""
+    steps = path.split(".")
+    if steps[-1].isdigit():  # an entry of a sequence
+        steps.pop()
+    owner = get(spec, ".".join(steps[:-1]))
+    return field_category(type(owner), steps[-1])
 
 
 def selected(selection: str, depth: int, where: str = "blocks") -> list[int]:

@@ -26,6 +26,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
     category: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+    adopts: ClassVar[str | None] = None  # the field that an override at this part's place may fill (rope: scaling)
 
     def build(self, slot: Slot) -> nn.Module:
         """The module of this spec for the place that `slot` describes."""
@@ -62,7 +63,9 @@ class Spec(BaseModel):
         kind = fields.pop("kind", registry.default_kind(category))
         if not isinstance(kind, str):
             raise SpecError(
-                f"a {category} without 'kind'", where=where, remedy=f"known: {', '.join(registry.kinds(category))}"
+                f"a {category} without 'kind'" if kind is None else f"a {category} of kind {kind!r}",
+                where=where,
+                remedy=f"known: {', '.join(registry.kinds(category))}",
             )
         cls = Ref if kind == "ref" else registry.entry(category, kind).cls
         return validate(cls, fields, where=where)

@@ -52,11 +52,14 @@ def find_map(old: Spec, new: Spec) -> WeightMap | None:
 def regroup(old: Attention, new: Attention, tensors: Mapping[str, Tensor], dim: int) -> Mapped | None:
     """Other numbers of key/value heads (Ainslie et al. 2023, section 2.1).
 
-    Fewer: each new head is the mean of those it replaces. More: heads are repeated, which is exact.
+    Fewer: each new head is the mean of those it replaces. More: heads are repeated, which is exact. Query heads of
+    another number or width share no weights, even where the shapes happen to agree.
     """
     H, G, D, Dv = old.sizes(dim)
     H2, G2, D2, Dv2 = new.sizes(dim)
-    if (H, D, Dv) != (H2, D2, Dv2) or "qkv.weight" not in tensors:
+    if (H, D, Dv) != (H2, D2, Dv2):
+        return Mapped({}, "reinitialised", "heads of another number or width")
+    if "qkv.weight" not in tensors:
         return None
     if G2 > G and G2 % G == 0:
         how, exactness = f"{G} key/value heads repeated to {G2}", "exact"

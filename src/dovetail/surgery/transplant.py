@@ -53,6 +53,7 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
     wanted = dict(grown.named_parameters())
     anew = _matching(fresh, wanted)
     settled: set[str] = set()
+    lost: set[str] = set()  # of a shape that fits, but a map says that they mean something else now
     used: set[str] = set()
     for path, part in new_parts.items():
         before = old_parts.get(path)
@@ -60,13 +61,12 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         own = [n for n in wanted if n.startswith(prefix) and _owner(n, new_parts) == path and n not in anew]
         if before is None or before == part or not own:
             continue
-        if before.kind == part.kind and all(n in old and old[n].shape == wanted[n].shape for n in own):
-            continue
         mapping = find_map(before, part)
         local = {n.removeprefix(prefix): t.data for n, t in old.items() if _owner(n, old_parts) == path}
         mapped = None if mapping is None else mapping(before, part, local, getattr(new, "dim", 0))
         if mapped is None:
             continue
+        lost |= {n for n in own if n.removeprefix(prefix) not in mapped.tensors}
         for name, value in mapped.tensors.items():
             target = wanted[prefix + name]
             rows = mapped.approximate.get(name, []) if rival else []
@@ -74,6 +74,8 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
             settled.add(prefix + name)
             used.add(prefix + name)
             (result.reinitialised if rows else result.carried).append(prefix + name)
+        if not mapped.tensors:
+            continue
         how = "re-initialised in place of: " + mapped.how if rival and mapped.approximate else mapped.how
         exactness: Exactness = "reinitialised" if rival and mapped.approximate else mapped.exactness
         result.moves.append(Move(path, exactness, how, sum(t.numel() for t in mapped.tensors.values())))
@@ -83,7 +85,7 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         there = old.get(name)
         owner = _owner(name, new_parts)
         same = owner in old_parts and old_parts[owner].kind == new_parts[owner].kind
-        if name not in anew and there is not None and same and there.shape == target.shape:
+        if name not in anew | lost and there is not None and same and there.shape == target.shape:
             _fill(target, there.data, [])
             result.carried.append(name)
             used.add(name)
@@ -95,7 +97,8 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         if name not in settled:
             groups.setdefault(_owner(name, new_parts), []).append(name)
     for path, names in groups.items():
-        how = "on request" if all(n in anew for n in names) else "nothing to carry it from"
+        why = "its weights mean something else there" if lost.issuperset(names) else "nothing to carry it from"
+        how = "on request" if anew.issuperset(names) else why
         result.moves.append(Move(path, "reinitialised", how, sum(wanted[n].numel() for n in names)))
     for name, target in wanted.items():
         dtype = old[name].dtype if name in old else weight.dtype

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dovetail.data.corpus import CorpusPart
 from dovetail.errors import SpecError, did_you_mean
-from dovetail.objectives.base import ObjectivePart
 from dovetail.objectives.next_token import NextToken
+from dovetail.spec.categories import CorpusPart, ObjectivePart
 from dovetail.spec.spec import validate
 
 
@@ -112,12 +112,8 @@ class Recipe(Section):
         """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError."""
         if isinstance(source, Recipe):
             source = source.to_dict()
-        data = read_yaml(Path(source)) if isinstance(source, (str, Path)) else _copy(source)
-        if not isinstance(data, dict):
-            raise SpecError("a recipe is a mapping", where=str(source), remedy="see recipes/tiny.yaml")
-        for text in overrides:
-            _assign(data, text)
-        return Recipe.parse(data, str(source) if isinstance(source, (str, Path)) else "recipe")
+        where = str(source) if isinstance(source, (str, Path)) else "recipe"
+        return Recipe.parse(overridden(source, overrides, Recipe.model_fields, "recipes/tiny.yaml"), where)
 
 
 class _Loader(yaml.SafeLoader):
@@ -140,14 +136,31 @@ def read_yaml(path: Path) -> Any:
         raise SpecError(f"not YAML: {error}", where=str(path)) from None
 
 
-def _assign(data: dict[str, Any], text: str) -> None:
-    """Sets `a.b.c=value` in nested mappings, making what is not there; the schema then judges the names."""
+def overridden(
+    source: str | Path | dict[str, Any], overrides: Iterable[str], fields: Iterable[str], like: str
+) -> dict[str, Any]:
+    """The data of a recipe from a YAML file or plain data (left as it is), with `key.key=value` overrides.
+
+    fields: keys that such a recipe has. like: a shipped recipe of this sort. Raises SpecError.
+    """
+    data = _copy(read_yaml(Path(source)) if isinstance(source, (str, Path)) else source)  # an alias becomes a copy
+    if not isinstance(data, dict):
+        where = str(source) if isinstance(source, (str, Path)) else "recipe"
+        raise SpecError("a recipe is a mapping", where=where, remedy=f"see {like}")
+    for text in overrides:
+        _assign(data, text, list(fields))
+    return data
+
+
+def _assign(data: dict[str, Any], text: str, fields: list[str]) -> None:
+    """Sets `a.b.0.c=value` in nested mappings and lists, making mappings that are not there; the schema then judges
+    the names below the first, which is one of `fields`."""
     path, sign, value = text.partition("=")
     steps = path.strip().split(".")
     if not sign or not all(steps):
-        raise SpecError(f"{text!r} is not an override", remedy="write key=value, e.g. train.steps=40")
-    if steps[0] not in Recipe.model_fields:
-        raise SpecError(f"a recipe has no {steps[0]!r}", where=text, remedy=did_you_mean(steps[0], Recipe.model_fields))
+        raise SpecError(f"{text!r} is not an override", remedy="write key=value, with dots into it: a.b=1, a.0.b=1")
+    if steps[0] not in fields:
+        raise SpecError(f"a recipe has no {steps[0]!r}", where=text, remedy=did_you_mean(steps[0], fields))
     here: Any = data
     for step in steps[:-1]:
         if isinstance(here, dict) and not isinstance(here.get(step), (dict, list)) and here.get(step) is None:

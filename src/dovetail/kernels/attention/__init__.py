@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dovetail.kernels.attention import flex, reference, regions, sdpa
 from dovetail.kernels.attention.coords import Both, BoundMask, Coords, Rule, Side
-from dovetail.kernels.attention.plan import Plan, plan, uses_autograd
+from dovetail.kernels.attention.plan import Plan, plan
 from dovetail.kernels.attention.reference import Region
 from dovetail.kernels.attention.regions import merge
 from dovetail.kernels.attention.score import Content, Score, Toeplitz
@@ -30,7 +30,7 @@ def attend(
 ) -> Tensor:
     """softmax(cap(scale·qk + terms)) v under `mask`, by the path that `plan` names (Vaswani et al. 2017, eq. 1)."""
     scale = _scale(q, score, scale)
-    chosen = plan(device=q.device.type, mask=mask, score=score, dropout=dropout, requires_grad=uses_autograd(q, k, v))
+    chosen = plan(device=q.device.type, mask=mask, score=score, dropout=dropout)
     if chosen.path == "sdpa":
         return sdpa.attend(q, k, v, mask, score, scale, dropout)
     if chosen.path == "flex":
@@ -40,7 +40,7 @@ def attend(
 
 
 def attend_regions(parts: Sequence[Region], q: Tensor, *, scale: float | None = None) -> Tensor:
-    """One softmax over disjoint regions, each with keys, values, mask (and q) of its own; exact gradients."""
+    """One softmax over disjoint regions, each with keys, values, mask (and q) of its own; exact gradients. Raises BuildError for value terms."""
     return regions.attend_regions(parts, q, _scale(q, None, scale))
 
 

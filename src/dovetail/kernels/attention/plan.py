@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.score import Score
@@ -19,9 +18,7 @@ class Plan:
     why: str
 
 
-def plan(
-    *, device: str, mask: BoundMask | None, score: Score | None, dropout: float = 0.0, requires_grad: bool = False
-) -> Plan:
+def plan(*, device: str, mask: BoundMask | None, score: Score | None, dropout: float = 0.0) -> Plan:
     """Chooses the path for one attention call. All arguments are static in a built model."""
     plain = score is None or score.plain
     hides = mask is not None and not mask.full
@@ -39,7 +36,3 @@ def plan(
     if score is not None and score.cap is None:
         return Plan("sdpa", "additive terms: fused attention with the terms as a bias")
     return Plan("tiled", "a soft cap is not additive: plain attention in tiles of queries, recomputed in the backward")
-
-
-def uses_autograd(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.errors import BuildError
 from dovetail.kernels.attention import reference
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.reference import Region
@@ -60,6 +61,11 @@ class _Merged(torch.autograd.Function):
 
 def attend_regions(regions: Sequence[Region], q: Tensor, scale: float, tile: int = 256) -> Tensor:
     """One softmax over disjoint regions, (B,H,T,Dv). Memory O(tile·S); scores with terms use the definition."""
+    if any(r.score is not None and r.score.value_terms is not None for r in regions):
+        raise BuildError(
+            "value terms in an attention over regions",
+            remedy="use a position without them beside one that splits the keys (a prefix, rerope)",
+        )
     if any(r.score is not None and not r.score.plain for r in regions):
         return reference.attend_regions(regions, q, scale)[0]
     once: list[Tensor] = []

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Coords, Plan, attend, plan
-from dovetail.parts.context import Context
-from dovetail.parts.mask import Causal, Full, Mask, interned
+from dovetail.parts.context import Context, refuse_memory
+from dovetail.parts.mask import Causal, Full, Mask, interned, narrowed
 from dovetail.parts.norm import RmsNorm
 from dovetail.parts.position.base import PositionModule, check_hooks
 from dovetail.parts.position.rotary import Rope
@@ -19,6 +19,7 @@ from dovetail.parts.state import KVState, Room
 from dovetail.parts.weights import Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MaskPart, NormPart, PositionPart
+from dovetail.spec.ranges import Chance, Count
 
 
 @register(
@@ -38,16 +39,16 @@ class LatentAttention(Spec):
     rank + rope_dim numbers a token.
     """
 
-    rank: int
-    query_rank: int | None = None
-    heads: int | None = None
-    nope_dim: int | None = None
+    rank: Count
+    query_rank: Count | None = None
+    heads: Count | None = None
+    nope_dim: Count | None = None
     rope_dim: int | None = None
-    value_dim: int | None = None
+    value_dim: Count | None = None
     bias: bool = False
     norm: NormPart = RmsNorm()
     scale: float | None = None
-    dropout: float = 0.0
+    dropout: Chance = 0.0
     mask: MaskPart | None = None
     position: PositionPart = Rope(layout="interleaved")
 
@@ -68,7 +69,7 @@ class LatentModule(nn.Module):
     def __init__(self, spec: LatentAttention, slot: Slot):
         super().__init__()
         H, nope, rope, Dv = self.sizes = spec.sizes(slot.dim)
-        self.rank, self.dropout = spec.rank, spec.dropout
+        self.rank, self.dropout, self.path = spec.rank, spec.dropout, slot.path
         self.scale = (nope + rope) ** -0.5 if spec.scale is None else spec.scale
         if slot.memory_dim is not None:
             raise BuildError("latent attention does not read an encoder", where=slot.path, remedy="use attention")
@@ -88,7 +89,7 @@ class LatentModule(nn.Module):
         check_hooks(self.position, self.offers, spec.position.kind, f"{slot.path}.position")
         rule: Mask = Causal() if slot.causal else Full()
         extra: Any = spec.mask
-        self.rule = interned(rule if extra is None else rule & extra)
+        self.rule = narrowed(rule, extra, slot.path)
         self.ring = self.rule.span() if slot.causal else None
         self.newest = {ring: interned(self.rule.for_newest(ring)) for ring in (None, self.ring)}
 
@@ -100,6 +101,7 @@ class LatentModule(nn.Module):
         self, x: Tensor, ctx: Context, state: Any = None, *, keys: Tensor | None = None, values: Tensor | None = None
     ) -> Tensor:
         """x (B,T,C) -> (B,T,C')."""
+        refuse_memory(keys, values, self.path)
         H, nope, rope, _ = self.sizes
         q = self.q(self.q_norm(self.q_down(x))) if self.query_latent else self.q(x)
         q, q_turned = q.unflatten(-1, (H, nope + rope)).split([nope, rope], -1)

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Coords, Plan, Score, Side, Toeplitz, attend, attend_regions, plan
-from dovetail.parts.context import Context
-from dovetail.parts.mask import Causal, Full, Mask, Padding, interned
+from dovetail.parts.context import Context, refuse_memory
+from dovetail.parts.mask import Causal, Full, Mask, Padding, interned, narrowed
 from dovetail.parts.position.base import PositionModule, check_hooks
 from dovetail.parts.position.rotary import Rope
 from dovetail.parts.state import CrossState, KVState, Room
 from dovetail.parts.weights import Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MaskPart, NormPart, PositionPart
+from dovetail.spec.ranges import Chance, Count
 
 
 @register(
@@ -38,16 +39,16 @@ class Attention(Spec):
     (Gemma 2). mask: what is hidden beside causality and padding (a window, say). dropout: on the weights.
     """
 
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    value_dim: int | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    head_dim: Count | None = None
+    value_dim: Count | None = None
     bias: Literal["none", "qkv", "out", "all"] = "none"
     qk_norm: NormPart | None = None
     qk_norm_over: Literal["head", "all"] = "head"
     scale: float | None = None
     cap: float | None = None
-    dropout: float = 0.0
+    dropout: Chance = 0.0
     mask: MaskPart | None = None
     position: PositionPart = Rope()
 
@@ -90,14 +91,32 @@ class AttentionModule(nn.Module):
         else:
             self.qkv = Linear(slot.dim, H * D + G * (D + Dv), slot=slot, bias=bias, parts=reads)
         self.out = Linear(H * Dv, slot.width_out, slot=slot, bias=spec.bias in ("out", "all"), role="residual")
+        if spec.qk_norm is None and spec.qk_norm_over != "head":
+            raise BuildError(
+                f"qk_norm_over={spec.qk_norm_over!r} without a qk_norm, which it speaks of",
+                where=slot.path,
+                remedy="give qk_norm, or leave qk_norm_over out",
+            )
         self.over_all = spec.qk_norm_over == "all"
         self.normed = spec.qk_norm is not None
         if spec.qk_norm is not None:
             self.q_norm = slot.build(spec.qk_norm, "q_norm", dim=H * D if self.over_all else D)
             self.k_norm = slot.build(spec.qk_norm, "k_norm", dim=G * D if self.over_all else D)
         self.position: PositionModule = slot.build(spec.position, "position")
-        offers = self.offers - {"rotate"} if self.cross else self.offers
-        check_hooks(self.position, offers, spec.position.kind, f"{slot.path}.position")
+        if self.cross and "rotate" in self.position.hooks:
+            raise BuildError(
+                f"position {spec.position.kind!r} works by rotate, which this place never calls: "
+                "a cross-attention has no distance to its memory",
+                where=f"{slot.path}.position",
+                remedy="set the cross mixer's position to none (rope is its default), added, or a prefix",
+            )
+        check_hooks(self.position, self.offers, spec.position.kind, f"{slot.path}.position")
+        if spec.scale is not None and self.position.scales:
+            raise BuildError(
+                f"scale={spec.scale} beside position {spec.position.kind!r}, which sets the scale itself",
+                where=slot.path,
+                remedy="leave scale out",
+            )
         if spec.dropout and "regions" in self.position.hooks:
             raise BuildError(
                 f"dropout on the weights of an attention over regions (position {spec.position.kind!r})",
@@ -112,7 +131,7 @@ class AttentionModule(nn.Module):
                 where=slot.path,
                 remedy="leave mask out: padding of the memory is hidden anyway",
             )
-        self.rule = interned(rule if extra is None else rule & extra)
+        self.rule = narrowed(rule, extra, slot.path)
         self.ring = self.rule.span() if slot.causal else None
         self.newest = {ring: interned(self.rule.for_newest(ring)) for ring in (None, self.ring)}
 
@@ -144,6 +163,7 @@ class AttentionModule(nn.Module):
         """x (B,T,C) -> (B,T,C'). Cross-attention reads keys and values (B,S,memory_dim), or its state."""
         if self.cross:
             return self._cross(x, ctx, state, keys, values)
+        refuse_memory(keys, values, self.path)
         q, k, v = self._project(x, ctx)
         if state is None:
             at = ctx.coords
@@ -193,6 +213,7 @@ class AttentionModule(nn.Module):
         segments = ctx.memory_segments
         xq = x
         if state is not None and state.k is not None:
+            refuse_memory(keys, values, f"{self.path} (whose state holds them already)")
             k, v, segments = state.k, state.v, state.segments
         else:
             keys = ctx.needs_memory(self.path) if keys is None else keys

@@ -14,6 +14,7 @@ from dovetail.parts.position.base import PositionModule, check_hooks
 from dovetail.parts.weights import Lookup
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import PositionPart
+from dovetail.spec.ranges import Count, Natural
 
 
 @register(
@@ -28,8 +29,8 @@ class Learned(Spec):
     offset: rows skipped at the start of the table (BART stores two unused ones).
     """
 
-    length: int | None = None
-    offset: int = 0
+    length: Count | None = None
+    offset: Natural = 0
 
     def build(self, slot: Slot) -> nn.Module:
         length = self.length or slot.context
@@ -47,11 +48,28 @@ class LearnedModule(PositionModule):
 
     def __init__(self, length: int, offset: int, slot: Slot):
         super().__init__()
-        self.length, self.offset = length, offset
+        self.limit, self.offset, self.path = length, offset, slot.path
         self.table = Lookup(length + offset, slot.dim, slot=slot, role="position")
 
     def embed(self, x: Tensor, ctx: Context) -> Tensor:
+        self._check(ctx.positions)
         return x + self.table(ctx.positions[..., 0] + self.offset).to(x.dtype)
+
+    def _check(self, positions: Tensor) -> None:
+        """Raises DataError beyond the table. Only memory that the host can read is asked; compiled code does not ask.
+
+        Elsewhere the model's state bounds what it decodes (`new_state`), and torch's own lookup asserts.
+        """
+        assert self.limit is not None
+        if positions.device.type != "cpu" or torch.compiler.is_compiling() or not positions.numel():
+            return
+        far = int(positions[..., 0].max())
+        if far >= self.limit:
+            raise DataError(
+                f"position {far} is beyond the learned table, which ends at {self.limit - 1}",
+                where=self.path,
+                remedy=f"give at most {self.limit} tokens a row, or a model with a larger context",
+            )
 
 
 @register(

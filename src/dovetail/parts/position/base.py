@@ -16,14 +16,14 @@ from dovetail.kernels.attention import BoundMask, Coords, Region, Score
 from dovetail.parts.context import Context
 from dovetail.spec import Slot, Spec, register
 
-HOOKS = ("embed", "embed_qk", "rotate", "score", "regions")
-
 
 class PositionModule(nn.Module):
     """Base: every hook is the identity. B batch, T queries, S keys, H heads, G key heads, D width."""
 
     hooks: ClassVar[frozenset[str]] = frozenset()
     caches: ClassVar[str] = "rotated"  # "raw" where keys must be stored before rotation
+    scales: ClassVar[bool] = False  # whether its score sets the attention's scale
+    limit: int | None = None  # how many positions it has, where they end
     axes: ClassVar[int] = 1  # position axes that it reads: 1 text, 2 images, 3 M-RoPE
 
     def embed(self, x: Tensor, ctx: Context) -> Tensor:
@@ -67,6 +67,16 @@ class NoPosition(Spec):
 def position_axes(model: nn.Module) -> int:
     """The most position axes that any position of the model reads: what a state must store of each token."""
     return max((m.axes for m in model.modules() if isinstance(m, PositionModule)), default=1)
+
+
+def refuse_cross(slot: Slot, kind: str) -> None:
+    """Raises BuildError for a position between tokens of one sequence in an attention to another."""
+    if slot.memory_dim is not None:
+        raise BuildError(
+            f"position {kind!r} is a distance within one sequence, and a cross-attention reads another",
+            where=slot.path,
+            remedy="set the cross mixer's position to none, or added",
+        )
 
 
 def head_width(slot: Slot, kind: str) -> int:

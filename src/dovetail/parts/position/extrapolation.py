@@ -11,6 +11,7 @@ from dovetail.errors import BuildError
 from dovetail.kernels.attention import BoundMask, Coords, Region, Score, Side
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Beyond, Window, interned
+from dovetail.parts.position.base import refuse_cross
 from dovetail.parts.position.rotary import Rope, RopeModule, turn
 from dovetail.spec import Slot, register
 
@@ -31,6 +32,7 @@ class ReRope(Rope):
     window: int = 256
 
     def build(self, slot: Slot) -> nn.Module:
+        refuse_cross(slot, self.kind)
         if not slot.causal:
             raise BuildError("ReRoPE is defined for causal attention", where=slot.path, remedy="use rope")
         if self.window < 1:
@@ -53,14 +55,18 @@ class ReRopeModule(RopeModule):
         self, q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, score: Score | None, ctx: Context
     ) -> list[Region]:
         near_q, near_k = super().rotate(q.transpose(1, 2), k.transpose(1, 2), mask.at, ctx)
-        reach = ctx.once(("rerope", self.window), lambda: self._side(q.device))
+        reach = ctx.once(("rerope", self.window), lambda: self._side(self.window, q.device))
         far_q = turn(q.transpose(1, 2), *self.tables(reach, q.dtype, mask.at.k), self.rope.layout)
+        if self.scaling is not None:  # its factor on cos and sin belongs to far keys too, which stand at 0
+            origin = ctx.once(("rerope", 0), lambda: self._side(0, q.device))
+            k = turn(k.transpose(1, 2), *self.tables(origin, k.dtype, mask.at.k), self.rope.layout).transpose(1, 2)
         return [
             Region(near_k.transpose(1, 2), v, ctx.narrowed(mask, self.near), score, near_q.transpose(1, 2)),
             Region(k, v, ctx.narrowed(mask, self.far), score, far_q.transpose(1, 2)),
         ]
 
-    def _side(self, device: torch.device) -> Side:
-        """One token that stands at position `window`."""
-        order = torch.full((1, 1), self.window, device=device)
+    @staticmethod
+    def _side(position: int, device: torch.device) -> Side:
+        """One token that stands at `position`."""
+        order = torch.full((1, 1), position, device=device)
         return Side(order, None, order[..., None])

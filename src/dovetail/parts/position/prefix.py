@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dovetail.errors import BuildError
 from dovetail.kernels.attention import BoundMask, Coords, Region, Score, Side
 from dovetail.parts.context import Context
 from dovetail.parts.position.base import NoPosition, PositionModule, head_width
 from dovetail.parts.weights import Rng
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import PositionPart
+from dovetail.spec.ranges import Count
 
 
 @register(
@@ -29,12 +29,10 @@ class Prefix(Spec):
     The tokens stand behind the prefix: their positions begin at `length`.
     """
 
-    length: int
+    length: Count
     position: PositionPart = NoPosition()
 
     def build(self, slot: Slot) -> nn.Module:
-        if self.length < 1:
-            raise BuildError(f"a prefix of {self.length} tokens", where=slot.path, remedy="give at least 1")
         return PrefixModule(self, slot)
 
 
@@ -47,6 +45,7 @@ class PrefixModule(PositionModule):
         self.position: PositionModule = slot.build(spec.position, "position")
         self.hooks = self.position.hooks | {"regions"}  # type: ignore[misc]
         self.caches, self.axes = self.position.caches, self.position.axes  # type: ignore[misc]
+        self.scales = self.position.scales  # type: ignore[misc]
         head_dim = head_width(slot, spec.kind)
         self.heads = slot.kv_heads
         self.k = nn.Parameter(torch.empty(spec.length, slot.kv_heads * head_dim))

@@ -13,7 +13,7 @@ from dovetail.errors import BuildError, DataError
 from dovetail.kernels.attention import Content, Coords, Score, Toeplitz
 from dovetail.parts.context import Context
 from dovetail.parts.norm import LayerNorm
-from dovetail.parts.position.base import PositionModule, head_width
+from dovetail.parts.position.base import PositionModule, head_width, refuse_cross
 from dovetail.parts.weights import Lookup
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import NormPart
@@ -86,11 +86,13 @@ class Deberta(Spec):
             raise BuildError(
                 f"terms {self.terms} of deberta", where=slot.path, remedy="give c2p, p2c or both, once each"
             )
+        refuse_cross(slot, self.kind)
         return DebertaModule(self, slot)
 
 
 class DebertaModule(PositionModule):
     hooks: ClassVar[frozenset[str]] = frozenset({"score"})
+    scales: ClassVar[bool] = True
 
     def __init__(self, spec: Deberta, slot: Slot):
         super().__init__()
@@ -217,6 +219,13 @@ class AxialModule(PositionModule):
 
 def grid_size(height: int | None, width: int | None, kind: str, slot: Slot) -> tuple[int, int]:
     """The grid that a part was given, else its place's. Raises BuildError when neither says."""
+    refuse_cross(slot, kind)
+    if slot.causal:
+        raise BuildError(
+            f"position {kind!r} reads rows and columns, and a causal place has a line of tokens",
+            where=slot.path,
+            remedy="use it in an encoder of images; for text, t5_buckets",
+        )
     found = slot.grid or (None, None)
     size = height or found[0], width or found[1]
     if size[0] is None or size[1] is None:

@@ -16,6 +16,7 @@ from dovetail.parts.position.scaling import RopeScaling
 from dovetail.parts.state import FAR
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import RopeScalingPart
+from dovetail.spec.ranges import Share
 
 
 @register("position", "rope", oracle="transformers llama apply_rotary_pos_emb", source="Su et al. 2021, eq. 15 and 34")
@@ -27,9 +28,10 @@ class Rope(Spec):
     scaling: how the frequencies stretch beyond the trained length.
     """
 
+    adopts: ClassVar[str | None] = "scaling"
     theta: float = 10_000.0
     layout: Literal["half", "interleaved"] = "half"
-    width: float = 1.0
+    width: Share = 1.0
     scaling: RopeScalingPart | None = None
 
     def build(self, slot: Slot) -> nn.Module:

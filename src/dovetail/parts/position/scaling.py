@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dovetail.errors import BuildError
 from dovetail.spec import Spec, register
+from dovetail.spec.ranges import Count
 
 
 class RopeScaling(Spec):
@@ -17,8 +18,9 @@ class RopeScaling(Spec):
 
     needs_length: ClassVar[bool] = False
     needs_original: ClassVar[bool] = True
+    moves_base: ClassVar[bool] = False  # by factor^(d/(d-2)): there must be more than one frequency
     factor: float = 1.0
-    original: int | None = None
+    original: Count | None = None
 
     def trained(self, context: int | None) -> int:
         found = self.original or context
@@ -30,6 +32,12 @@ class RopeScaling(Spec):
         if self.factor < 1:
             raise BuildError(
                 f"a rope scaling factor of {self.factor}", where=path, remedy="give a factor of at least 1"
+            )
+        if self.moves_base and dim < 4:
+            raise BuildError(
+                f"{self.kind} on a single frequency: it keeps the fastest and stretches the others",
+                where=path,
+                remedy="turn at least 4 entries of a head, or use {kind: linear}",
             )
         if self.needs_original and not (self.original or context):
             raise BuildError(
@@ -72,6 +80,7 @@ class NtkScaling(RopeScaling):
     """NTK by base: theta becomes theta·factor^(d/(d-2)), so the lowest frequency is divided by `factor`."""
 
     needs_original: ClassVar[bool] = False
+    moves_base: ClassVar[bool] = True
 
     def frequencies(
         self, dim: int, theta: float, context: int | None, length: Tensor | None, device: torch.device
@@ -90,6 +99,7 @@ class DynamicScaling(RopeScaling):
     """NTK by base with a factor that grows with the length in play; plain RoPE up to the trained length."""
 
     needs_length: ClassVar[bool] = True
+    moves_base: ClassVar[bool] = True
 
     def frequencies(
         self, dim: int, theta: float, context: int | None, length: Tensor | None, device: torch.device

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.parts.context import Context
+from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.state import Room, VectorState
 from dovetail.parts.weights import Linear, Rng
 from dovetail.spec import Slot, Spec, register
+from dovetail.spec.ranges import Count
 
 
 class Recurrent(Spec):
@@ -30,7 +31,7 @@ class Recurrent(Spec):
     1/sqrt(hidden), whatever the model's init says, which rules `out` alone.
     """
 
-    hidden: int | None = None
+    hidden: Count | None = None
     bidirectional: bool = False
     bias: bool = True
 
@@ -130,8 +131,7 @@ class RecurrentModule(nn.RNNBase):
         values: Tensor | None = None,
     ) -> Tensor:
         """x (B,T,C) -> (B,T,C'). Each document starts from zero (or from `state`); padding gives zero."""
-        if keys is not None or values is not None:
-            raise BuildError("a recurrence was given keys", where=self.path, remedy="use a mixer with cross=True")
+        refuse_memory(keys, values, self.path)
         if ctx.segments is None:
             start = [x.new_zeros(self._start(x.shape[0])) if state is None else state[n][None] for n in self.names]
             y, *last = self._run(x, None, start)

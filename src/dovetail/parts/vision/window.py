@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dovetail.errors import BuildError, DataError
 from dovetail.parts.attention.softmax import Attention
-from dovetail.parts.context import Context
+from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.position.relative import RelativeBias2d
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MixerPart
@@ -52,6 +52,8 @@ class WindowMixer(Spec):
                 where=slot.path,
                 remedy="use it in an encoder; for text, give an attention the mask {kind: window, size: ...}",
             )
+        if slot.memory_dim is not None:
+            raise BuildError("a window mixer does not read an encoder", where=slot.path, remedy="use attention")
         return WindowModule(self, slot)
 
 
@@ -65,6 +67,7 @@ class WindowModule(nn.Module):
         self, x: Tensor, ctx: Context, state: Any = None, *, keys: Tensor | None = None, values: Tensor | None = None
     ) -> Tensor:
         """(B,N,C) -> (B,N,C'), N = height · width of `ctx.grid`."""
+        refuse_memory(keys, values, self.path)
         if ctx.segments is not None:
             raise DataError("windows over padded or packed images", where=self.path, remedy="give images of one size")
         height, width = ctx.needs_grid(self.path)
