@@ -46,7 +46,11 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 bench: setup ## speed against peers; writes docs/results/*.json
-	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	$(BIN)/python bench/decode_cpu.py --out docs/results
+	$(BIN)/python bench/train_cpu.py --compile --out docs/results
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  echo "$(BIN)/python bench/attention.py docs/results"; $(BIN)/python bench/attention.py docs/results; \
+	else echo "bench/attention.py left out: it needs CUDA"; fi
 
 docs: setup ## a page for every registered part, then the site (site/index.html)
 	$(BIN)/python docs/generate.py

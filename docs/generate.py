@@ -6,12 +6,15 @@ fields, or from running it; nothing is typed twice. A spec that a page shows has
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import yaml
 from matplotlib import pyplot as plt
 from pictures import CONTEXT, DIM, draw
@@ -19,8 +22,10 @@ from pydantic.fields import FieldInfo
 
 import dovetail as dt
 from dovetail.errors import DataError, DovetailError
-from dovetail.spec import Entry, Spec, entries
+from dovetail.parts.init import Normal
+from dovetail.spec import Entry, Slot, Spec, entries
 from dovetail.spec.spec import field_category
+from dovetail.training.recipe import Recipe, read_yaml
 
 DOCS = Path(__file__).resolve().parent
 OUT = DOCS / "generated"
@@ -33,20 +38,34 @@ HOMES: dict[str, str] = {
     "head": "head",
 }  # fmt: skip
 HOSTS = {"mixer": "attention", "feedforward": "glu", "position": "rope"}  # kinds of the parts on the way
+# The same for parts that need tokens on a grid: a step is a field of the container, "stage" one of its stages.
+GRID_HOMES = {"mixer": "stage.blocks.mixer", "position": "stage.blocks.mixer.mixer.position", "resample": "between"}
 
 # Values of required fields in examples, by name; other fields keep their defaults.
 EXAMPLES: dict[str, Any] = {
     "vocab": 256, "dim": 64, "size": 8, "length": 6, "step": 4, "stride": 4, "before": 3, "after": 2, "gain": 0.5,
     "base": "normal", "roles": ("residual",), "rules": ({"kind": "causal"}, {"kind": "window", "size": 8}),
+    "rank": 16, "sections": (4, 6, 6), "path": "notes.txt", "paths": ("notes.txt", "more.txt"),
     "short_factor": (1.0,) * (DIM // 2), "long_factor": tuple(1.0 + i / 4 for i in range(DIM // 2)),
 }  # fmt: skip
+# What a kind needs beyond that, or what shows it better than its defaults.
+KINDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("mixer", "window"): {"size": 7, "shift": 3},
+    ("image_embedding", "patch"): {"size": 4},
+    ("corpus", "folder"): {"path": "notes"},
+    ("corpus", "jsonl"): {"path": "notes.jsonl"},
+    ("model", "encoder_decoder"): {
+        "encoder": {"depth": 2},
+        "decoder": {"depth": 2, "blocks": {"cross": {"kind": "attention", "position": "none"}}},
+    },
+}
 
 
 def example(entry: Entry) -> Spec:
     """The part with its defaults, and example values where it has none. Raises DataError for an unknown field."""
-    fields: dict[str, Any] = {"kind": entry.kind}
+    fields: dict[str, Any] = {"kind": entry.kind} | KINDS.get((entry.category, entry.kind), {})
     for name, info in entry.cls.model_fields.items():
-        if info.is_required():
+        if info.is_required() and name not in fields:
             if name not in EXAMPLES:
                 raise DataError(
                     f"{entry.category} {entry.kind!r} needs {name!r}, of which the docs know no example",
@@ -59,34 +78,76 @@ def example(entry: Entry) -> Spec:
     return Spec.parse(entry.category, fields)
 
 
-def in_a_model(spec: Spec) -> tuple[dict[str, Any], str]:
-    """A whole spec that holds the part, built on the meta device to be sure, and what to say of it."""
+def in_a_model(entry: Entry, spec: Spec) -> tuple[dict[str, Any], Spec, str]:
+    """(plain data that holds the part, the same parsed, what to say of it). Built on the meta device to be sure.
+
+    Raises DovetailError where nothing that holds the part can be built.
+    """
     given = _short(spec)
-    if spec.category in ("model", "container"):
-        return given, "Defaults left out."
-    root: dict[str, Any] = {"kind": "decoder", "vocab": 256, "dim": DIM, "context": CONTEXT, "depth": 2}
-    steps = HOMES.get(spec.category, "").split(".")
-    homes = [steps]
-    if spec.category == "position":
-        homes.append(["position"])  # what is added to the token vectors stands at the stack
-    problem: DovetailError | None = None
-    for home in homes if steps[0] else []:
-        model = json.loads(json.dumps(root))
-        here = model
-        for step in home[:-1]:
-            here = here.setdefault(step, {"kind": HOSTS[step]} if step in HOSTS else {})
-        here[home[-1]] = given
-        if home == ["position"]:
-            model["blocks"] = {"mixer": {"kind": "attention", "position": "none"}}
-        try:
-            dt.build(model, weights=False)
-        except DovetailError as error:
-            problem = problem or error
-        else:
-            return model, "A whole model that has it; the part alone is what stands there under its field."
-    if problem:
-        print(f"  {spec.category} {spec.kind}: shown alone, since a decoder refuses it: {problem.what}")
-    return given, "The part alone."
+    grid = entry.capabilities.get("causal") is False or entry.category in ("image_embedding", "resample")
+    if entry.category == "objective":
+        return in_a_recipe({"objective": given}, "objective")
+    if entry.category == "corpus":
+        return in_a_recipe({"data": {"train": given}}, "data.train")
+    if entry.category == "model":
+        return given, dt.build(given, weights=False).spec, "Defaults left out."
+    if grid:
+        return on_a_grid(entry, given)
+    if entry.category == "container":
+        _on_meta(spec, causal=True)
+        return given, spec, "The part alone: a decoder is one such container between an embedding and a head."
+    model: dict[str, Any] = {"kind": "decoder", "vocab": 256, "dim": DIM, "context": CONTEXT, "depth": 2}
+    if entry.category == "position" and "embed" in _hooks(spec):  # what is added to the token vectors: the stack's
+        model |= {"position": given, "blocks": {"mixer": {"kind": "attention", "position": "none"}}}
+    else:
+        _put(model, HOMES[entry.category].split("."), given)
+    if "streams" in entry.capabilities:
+        model["streams"] = entry.capabilities["streams"]
+    note = "A whole model that has it; the part alone is what stands there under its field."
+    return model, dt.build(model, weights=False).spec, note
+
+
+def on_a_grid(entry: Entry, given: dict[str, Any]) -> tuple[dict[str, Any], Spec, str]:
+    """`in_a_model` for parts that read an image's tokens."""
+    if entry.category not in GRID_HOMES:
+        spec = Spec.parse(entry.category, given)
+        _on_meta(spec)
+        return given, spec, "The part alone."
+    stage: dict[str, Any] = {"depth": 2, "norm": None, "blocks": {"mixer": {"kind": "window", "size": 7}}}
+    whole: dict[str, Any] = {"kind": "stages", "stage": stage}
+    _put(whole, GRID_HOMES[entry.category].split("."), given)
+    stage = whole.pop("stage")
+    whole["stages"] = [stage, json.loads(json.dumps(stage))]  # not the same object, which YAML would alias
+    spec = Spec.parse("container", whole)
+    _on_meta(spec)
+    return whole, spec, "Two stages that have it; the part alone is what stands there under its field."
+
+
+def in_a_recipe(change: dict[str, Any], field: str) -> tuple[dict[str, Any], Spec, str]:
+    """`in_a_model` for what stands beside a model in `recipes/tiny.yaml`."""
+    recipe = read_yaml(DOCS.parent / "recipes" / "tiny.yaml")
+    for name, value in change.items():
+        recipe[name] = recipe[name] | value if isinstance(value, dict) and name == "data" else value
+    parsed = Recipe.parse(recipe)
+    part = parsed.objective if field == "objective" else parsed.data.train
+    return change, part, f"The part of a recipe that has it: its field `{field}`."
+
+
+def _hooks(spec: Spec) -> frozenset[str]:
+    with torch.device("meta"):
+        return spec.build(Slot(dim=DIM, head_dim=DIM, context=CONTEXT, init=Normal())).hooks
+
+
+def _on_meta(spec: Spec, causal: bool = False) -> None:
+    with torch.device("meta"):
+        Slot(dim=DIM, causal=causal, context=CONTEXT, init=Normal()).build(spec, "part")
+
+
+def _put(model: dict[str, Any], steps: list[str], given: dict[str, Any]) -> None:
+    """Puts `given` at `steps`, with the parts on the way that it needs."""
+    for step in steps[:-1]:
+        model = model.setdefault(step, {"kind": HOSTS[step]} if step in HOSTS else {})
+    model[steps[-1]] = given
 
 
 def part_page(entry: Entry) -> str:
@@ -98,11 +159,11 @@ def part_page(entry: Entry) -> str:
             break
         if "__doc__" in vars(cls) and cls.__doc__:
             lines += ([] if cls is entry.cls else [f"From `{cls.__name__}`:", ""]) + [_text(cls.__doc__), ""]
-    figure = draw(spec)
-    if figure is not None:
-        figure.savefig(OUT / "parts" / entry.category / f"{entry.kind}.png", dpi=110)
-        plt.close(figure)
-        lines += [f"![{entry.kind}]({entry.kind}.png)", ""]
+    model, whole, note = in_a_model(entry, spec)
+    figure = draw(spec, whole)
+    figure.savefig(OUT / "parts" / entry.category / f"{entry.kind}.png", dpi=110)
+    plt.close(figure)
+    lines += [f"![{entry.kind}]({entry.kind}.png)", ""]
     capable = ", ".join(f"{name}: {value}" for name, value in sorted(entry.capabilities.items()))
     facts = [("source", entry.source), ("tested against", entry.oracle), ("decode", entry.decode), ("can", capable)]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in facts if value), ""]
@@ -110,7 +171,6 @@ def part_page(entry: Entry) -> str:
         rows = [(n, _type(entry.cls, n), _default(i)) for n, i in entry.cls.model_fields.items()]
         lines += ["## Fields", "", "| field | type | default |", "| --- | --- | --- |"]
         lines += [f"| `{name}` | {kind} | {default} |" for name, kind, default in rows] + [""]
-    model, note = in_a_model(spec)
     text = yaml.safe_dump(model, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
     lines += ["## A spec to paste", "", note, "", "```yaml", text.rstrip(), "```", ""]
     return "\n".join(lines)
@@ -148,6 +208,10 @@ def results_page(files: list[Path]) -> str:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    for module in pkgutil.walk_packages(dt.__path__, "dovetail."):  # what no other room imports registers too
+        if not module.name.startswith("dovetail.cli") and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     shutil.rmtree(OUT, ignore_errors=True)
     by_category: dict[str, list[Entry]] = {}
     for entry in entries():

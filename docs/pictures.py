@@ -14,26 +14,28 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dovetail.kernels.attention import Side
+from dovetail.kernels.attention import Content, Side
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
+from dovetail.parts.mask import Causal
 from dovetail.parts.position.rotary import plain_frequencies
 from dovetail.parts.weights import initialise
 from dovetail.spec import Slot, Spec
 from dovetail.spec.paths import fold
 
 DIM, CONTEXT = 32, 2048  # width of the head (and of vectors) that is drawn, and the length it was trained at
+GRID = 7  # side of the grid of tokens that is drawn
 COLOURS = {
     "model": "#dfe7fd", "container": "#dfe7fd", "block": "#e2ece9", "mixer": "#fde2e4", "feedforward": "#fff1e6",
     "position": "#cddafd", "rope_scaling": "#cddafd", "norm": "#eae4e9", "activation": "#fad2e1",
 }  # fmt: skip
 
 
-def draw(spec: Spec) -> Figure | None:
-    """The picture of a part, or None where its category has none and it holds no other part."""
+def draw(spec: Spec, whole: Spec) -> Figure:
+    """The picture of a part: what it does, else the tree of what it holds, else the tree of `whole`, which holds it."""
     painter = PAINTERS.get(spec.category)
     figure = painter(spec) if painter else None
-    return figure or (arrangement(spec) if len(_rows(spec, "", 0)) > 1 else None)
+    return figure or arrangement(spec if len(_rows(spec, "", 0)) > 1 else whole)
 
 
 def activation(spec: Spec) -> Figure:
@@ -71,33 +73,93 @@ def mask(spec: Any) -> Figure:
 
 
 def position(spec: Spec) -> Figure | None:
-    """What the hooks of this position do: vectors that are added, the decay of q·k, terms of the score."""
-    module: Any = spec.build(Slot(dim=DIM, head_dim=DIM, context=CONTEXT, init=Normal()))
+    """What the hooks of this position do, each drawn by calling it; None where it has none."""
+    slot = Slot(
+        dim=DIM, heads=4, kv_heads=4, head_dim=DIM, context=CONTEXT, grid=(GRID, GRID), init=Normal(), path="position"
+    )
+    module: Any = spec.build(slot)
     initialise(module, 0)
-    if "embed" in module.hooks:
-        ctx = Context.of(1, 128, torch.device("cpu"))
-        with torch.no_grad():
-            added = module.embed(torch.zeros(1, 128, DIM), ctx)[0]
-        figure, ax = _axes("position", "entry of the vector", size=(6, 3))
-        ax.set_title("what is added to the token vectors")
-        limit = float(added.abs().max())
-        figure.colorbar(ax.imshow(added.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit), ax=ax)
-        return figure
-    if "rotate" in module.hooks:
-        figure, ax = _axes("distance i - j, tokens", "q·k / |q||k|, q = k = (1, ..., 1)")
-        ax.plot(*_decay(module), lw=0.8)
-        return figure
-    if "score" in module.hooks:
-        figure, ax = _axes("distance i - j, tokens", "term of the score")
-        ctx = Context.of(1, 128, torch.device("cpu"))
-        zero = torch.zeros(1, 128, 4, DIM)
-        with torch.no_grad():
-            bias = module.score(zero, zero, ctx.coords, ctx, lambda x, which: zero[0]).bias(ctx.coords, 1.0)
-        for head in range(0 if bias is None else bias.shape[1]):
-            ax.plot(bias[0, head, -1].flip(0), label=f"head {head}")
-        ax.legend()
-        return figure
+    with torch.no_grad():
+        if "regions" in module.hooks:
+            return _regions(module)
+        if "rotate" in module.hooks:
+            return _rotation(module)
+        if "score" in module.hooks:
+            return _score_on_grid(module) if module.axes == 2 else _score(module)
+        if module.hooks:
+            return _added(module)
     return None
+
+
+def _added(module: Any) -> Figure:
+    ctx, zeros = Context.of(1, 128, torch.device("cpu")), torch.zeros(1, 128, DIM)
+    in_layers = "embed_qk" in module.hooks
+    added = (module.embed_qk(zeros, zeros, ctx)[0] if in_layers else module.embed(zeros, ctx))[0]
+    figure, ax = _axes("position", "entry of the vector", size=(6, 3))
+    ax.set_title("added to the inputs of q and k, in every layer" if in_layers else "added to the token vectors")
+    limit = float(added.abs().max())
+    figure.colorbar(ax.imshow(added.T, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit), ax=ax)
+    return figure
+
+
+def _rotation(module: Any) -> Figure:
+    """The decay of q·k with distance; along each axis where there are several."""
+    figure, ax = _axes("distance i - j, tokens", "q·k / |q||k|, q = k = (1, ..., 1)")
+    for axis, label in enumerate(("time", "row", "column") if module.axes == 3 else ("",)):
+        ax.plot(*_decay(module, axis), lw=0.8, label=label or None)
+    if module.axes == 3:
+        ax.legend()
+    return figure
+
+
+def _score(module: Any) -> Figure:
+    """Terms of the score of four heads; the same random query and key at every token, so that only distance varies."""
+    rng, T, H = torch.Generator().manual_seed(0), 256, 4
+    q, k = (torch.randn(1, 1, H, DIM, generator=rng).expand(1, T, H, DIM) for _ in range(2))
+    maps = {which: torch.randn(H * DIM, DIM, generator=rng) / DIM**0.5 for which in ("query", "key")}
+    ctx = Context.of(1, T, torch.device("cpu"))
+    score = module.score(q, k, ctx.coords, ctx, lambda rows, which: (rows @ maps[which].t()).unflatten(-1, (H, DIM)))
+    bias = score.bias(ctx.coords, score.scale or DIM**-0.5)
+    figure, ax = _axes("distance i - j, tokens", "term of the score")
+    for head in range(bias.shape[1]):
+        ax.plot(bias[0, head, -1].flip(0), lw=0.9, label=f"head {head}")
+    ax.set_title("random start" + (", random q and k" if any(isinstance(t, Content) for t in score.terms) else ""))
+    ax.legend(fontsize=8)
+    return figure
+
+
+def _score_on_grid(module: Any) -> Figure:
+    """Terms of the score of the middle query with every key of the grid, in four heads."""
+    ctx = Context.on_grid(GRID, GRID, torch.device("cpu"))
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 1, 4, DIM, generator=rng).expand(1, GRID**2, 4, DIM)
+    bias = module.score(q, q, ctx.coords, ctx, None).bias(ctx.coords, 1.0)
+    figure, axes = plt.subplots(1, 4, figsize=(9, 2.6), layout="constrained")
+    limit = float(bias.abs().max())
+    for head, ax in enumerate(axes):
+        image = ax.imshow(bias[0, head, GRID**2 // 2].view(GRID, GRID), cmap="RdBu", vmin=-limit, vmax=limit)
+        ax.plot(GRID // 2, GRID // 2, "k.", ms=6)
+        ax.set(title=f"head {head}", xlabel="column of the key", ylabel="row of the key" if head == 0 else "")
+    figure.colorbar(image, ax=axes)
+    figure.suptitle("term of the score for the query at the dot, random start")
+    return figure
+
+
+def _regions(module: Any) -> Figure:
+    """q·k of each region under a causal mask, q and k of ones; white is outside the region."""
+    T = 2 * getattr(module, "window", 12)  # of a ReRoPE window as much is near as far
+    ctx = Context.of(1, T, torch.device("cpu"))
+    ones = torch.ones(1, 4, T, DIM)
+    found = module.regions(ones, ones, ones, ctx.bind(Causal()), None, ctx)
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), layout="constrained")
+    for i, (ax, region) in enumerate(zip(axes, found, strict=True)):
+        q = ones if region.q is None else region.q
+        score = (q[0, 0] @ region.k[0, 0].t()) / DIM
+        seen = torch.ones_like(score, dtype=torch.bool) if region.mask is None else region.mask.dense()[0, 0]
+        values = torch.where(seen, score, torch.nan)
+        ax.set(title=f"region {i + 1} of {len(found)}", xlabel="key", ylabel="query" if i == 0 else "")
+        figure.colorbar(ax.imshow(values, interpolation="nearest", aspect="auto"), ax=ax, label="q·k / D")
+    return figure
 
 
 def rope_scaling(spec: Any) -> Figure:
@@ -193,9 +255,11 @@ def _rows(spec: Spec, name: str, depth: int) -> list[tuple[int, str, str]]:
     return rows
 
 
-def _decay(module: Any) -> tuple[Any, Any]:
-    """(distance, normalised q·k) of a rotary position, for q = k = ones, up to four times the trained length."""
-    ctx = Context.of(1, 4 * CONTEXT, torch.device("cpu"))
+def _decay(module: Any, axis: int = 0) -> tuple[Any, Any]:
+    """(distance along an axis, normalised q·k) of a rotary position, q = k = ones, up to 4 times the trained length."""
+    order = torch.arange(4 * CONTEXT)
+    positions = torch.stack([order if a == axis else torch.zeros_like(order) for a in range(module.axes)], -1)
+    ctx = Context.of(1, 4 * CONTEXT, torch.device("cpu"), positions=positions[None])
     ones = torch.ones(1, 4 * CONTEXT, 1, DIM)
     q, k = (t[0, :, 0] for t in module.rotate(ones, ones, ctx.coords, ctx))
     score = (k.flip(0) @ q[-1]) / DIM
