@@ -21,7 +21,7 @@ from pictures import CONTEXT, DIM, draw
 from pydantic.fields import FieldInfo
 
 import dovetail as dt
-from dovetail.errors import DataError, DovetailError
+from dovetail.errors import BuildError, DataError, DovetailError
 from dovetail.parts.init import Normal
 from dovetail.spec import Entry, Slot, Spec, entries
 from dovetail.spec.spec import field_category
@@ -51,6 +51,7 @@ EXAMPLES: dict[str, Any] = {
 # What a kind needs beyond that, or what shows it better than its defaults.
 KINDS: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer", "window"): {"size": 7, "shift": 3},
+    ("mask", "or"): {"rules": ({"kind": "window", "size": 8}, {"kind": "prefix", "length": 2})},
     ("image_embedding", "patch"): {"size": 4},
     ("corpus", "folder"): {"path": "notes"},
     ("corpus", "jsonl"): {"path": "notes.jsonl"},
@@ -59,6 +60,8 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
         "decoder": {"depth": 2, "blocks": {"cross": {"kind": "attention", "position": "none"}}},
     },
 }
+# Masks that hide nothing in a causal place alone, which a model refuses: shown together with a window.
+WITH_A_WINDOW = {"mask": ("full", "causal")}
 
 
 def example(entry: Entry) -> Spec:
@@ -100,6 +103,8 @@ def in_a_model(entry: Entry, spec: Spec) -> tuple[dict[str, Any], Spec, str]:
     if entry.category == "position" and "embed" in _hooks(spec):  # what is added to the token vectors: the stack's
         model |= {"position": given, "blocks": {"mixer": {"kind": "attention", "position": "none"}}}
     else:
+        if entry.kind in WITH_A_WINDOW.get(entry.category, ()):
+            given = {"kind": "and", "rules": [given, {"kind": "window", "size": 8}]}
         _put(model, HOMES[entry.category].split("."), given)
     if "streams" in entry.capabilities:
         model["streams"] = entry.capabilities["streams"]
@@ -134,8 +139,12 @@ def in_a_recipe(change: dict[str, Any], field: str) -> tuple[dict[str, Any], Spe
 
 
 def _hooks(spec: Spec) -> frozenset[str]:
+    """What a position works by; it may want a line of tokens (causal) or a grid (not)."""
     with torch.device("meta"):
-        return spec.build(Slot(dim=DIM, head_dim=DIM, context=CONTEXT, init=Normal())).hooks
+        try:
+            return spec.build(Slot(dim=DIM, head_dim=DIM, context=CONTEXT, init=Normal())).hooks
+        except BuildError:
+            return spec.build(Slot(dim=DIM, head_dim=DIM, context=CONTEXT, init=Normal(), causal=False)).hooks
 
 
 def _on_meta(spec: Spec, causal: bool = False) -> None:
