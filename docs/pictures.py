@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dovetail.errors import BuildError
 from dovetail.kernels.attention import Content, Side
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
@@ -77,7 +79,10 @@ def position(spec: Spec) -> Figure | None:
     slot = Slot(
         dim=DIM, heads=4, kv_heads=4, head_dim=DIM, context=CONTEXT, grid=(GRID, GRID), init=Normal(), path="position"
     )
-    module: Any = spec.build(slot)
+    try:
+        module: Any = spec.build(slot)
+    except BuildError:  # it reads rows and columns
+        module = spec.build(replace(slot, causal=False))
     initialise(module, 0)
     with torch.no_grad():
         if "regions" in module.hooks:
