@@ -156,7 +156,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         for path in scratch.iterdir():
-            _sync(path)
+            sync(path)
         scratch.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
         if target.exists():
             _exchange(scratch, target)
@@ -165,7 +165,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                     path.rename(target / path.name)
         else:
             scratch.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"could not save: {getattr(error, 'strerror', None) or error}",
@@ -193,7 +193,8 @@ def _exchange(a: Path, b: Path) -> None:
     aside.rename(a)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,6 @@ It is written under a hidden name, synced, and renamed: a kill or a full disk le
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -52,9 +51,9 @@ def save(
         text = json.dumps(state | {"step": step, "rng": _rng_plain()})
         (part / "state.json").write_text(text, encoding="utf-8")
         for path in (*part.iterdir(), part):
-            _sync(path)
+            files.sync(path)
         part.replace(final)
-        _sync(root)
+        files.sync(root)
         for old in found(out)[:-keep]:
             hidden = old.with_name(f".{old.name}.old")  # half a deletion must not look like a checkpoint
             old.replace(hidden)
@@ -134,11 +133,3 @@ def _rng_tensors() -> dict[str, Any]:
 def _rng_plain() -> dict[str, Any]:
     name, keys, at, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (a user's part may draw from it)
     return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), at, has_gauss, gauss]}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
