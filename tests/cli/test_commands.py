@@ -120,6 +120,25 @@ def test_swap_writes_a_model_that_loads_in_transformers(run: Run, tiny: Path, te
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
+def test_swap_heals_by_a_small_training(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+    how = tmp_path / "heal.yaml"
+    how.write_text(
+        f"data: {{kind: text, path: {text}}}\ntrain: {{steps: 2, batch: 2, length: 16, lr: 1.0e-3, warmup: 1}}\n"
+    )
+    args = ("swap", tiny, "blocks.*.mixer.kv_heads=2", "--text", text, "--json")
+    code, out, err = run(*args, "--out", tmp_path / "a", "--heal", how)
+    assert code == 0, err
+    names = [column["name"] for column in last(out)["columns"]]
+    assert {"after", "after, healed", "rival", "rival, healed"} <= set(names)
+    plain = run(*args, "--out", tmp_path / "b")
+    assert plain[0] == 0
+    healed, unhealed = dt.load(tmp_path / "a"), dt.load(tmp_path / "b")
+    assert any(not torch.equal(p, q) for p, q in zip(healed.parameters(), unhealed.parameters(), strict=True))
+    how.write_text("data: {kind: text, path: x}\ntrane: {}\n")
+    code, _, err = run(*args, "--out", tmp_path / "c", "--heal", how)
+    assert code == 2 and "did you mean 'train'?" in err
+
+
 def test_swap_that_no_published_layout_can_say(run: Run, tiny: Path, tmp_path: Path) -> None:
     change = "blocks.1.mixer={kind: lstm}"
     code, out, _ = run("swap", tiny, change, "--out", tmp_path / "a", "--json")

@@ -93,6 +93,9 @@ def swap(
     changes: Annotated[list[str], typer.Argument(help="path=value ..., e.g. 'blocks.*.mixer.kv_heads=2'")],
     out: Annotated[Path, typer.Option("--out", help="Where the new model goes.")],
     text: Annotated[Path | None, typer.Option("--text", help="A text to measure before and after on.")] = None,
+    heal: Annotated[
+        Path | None, typer.Option("--heal", help="YAML {data: corpus, train: {...}}: train a little after the swap.")
+    ] = None,
     format: Annotated[str, typer.Option(help='"hf" (the published layout) or "dovetail".')] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
     as_json: Json = False,
@@ -104,6 +107,7 @@ def swap(
     from dovetail.hub.remote import resolve
     from dovetail.report.swap import swap as do
     from dovetail.spec import parse_assignment
+    from dovetail.training.recipe import read_yaml
 
     folder = resolve(path)
     model = load(folder, device=_device(device), allow_keys=allow_key or [])
@@ -113,7 +117,8 @@ def swap(
         if not text.is_file():
             raise UserError(f"no text file {str(text)!r}", where="--text")
         texts, tokenizer = [_read(text)], load_tokenizer(folder)
-    new, report = do(model, dict(parse_assignment(c) for c in changes), texts=texts, tokenizer=tokenizer)
+    how = None if heal is None else read_yaml(heal)
+    new, report = do(model, dict(parse_assignment(c) for c in changes), texts=texts, tokenizer=tokenizer, heal=how)
     chosen = format or "hf"
     try:
         save(new, out, format=chosen, tokenizer_from=folder)  # type: ignore[arg-type]
