@@ -275,8 +275,45 @@ def test_the_plan_says_why() -> None:
         ("cpu", causal, Score(cap=5.0), "tiled", "not additive"),
         ("cuda", causal, values, "tiled", "probabilities"),
     ]:
-        chosen = plan(device=device, mask=mask, score=score)
+        chosen = plan(device=device, dtype=torch.float32, queries=200, mask=mask, score=score)
         assert chosen.path == path and word in chosen.why
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(("T", "H", "G", "D", "Dv"), [(70, 4, 2, 8, 8), (300, 2, 1, 8, 5), (300, 3, 3, 5, 16)])
+def test_bands_are_the_formula(rule: Mask, T: int, H: int, G: int, D: int, Dv: int, monkeypatch: Any) -> None:
+    """bf16 on CPU: bands of queries, here over several bands, and a row of the batch at a time."""
+    from dovetail.kernels.attention import bands
+
+    monkeypatch.setattr(bands, "_SCORES", 1000)
+    at, qkv = coords(T), tensors(torch.bfloat16, T, H, G, D, Dv)
+    mask = BoundMask(rule, at)
+    assert plan(device="cpu", dtype=torch.bfloat16, queries=T, mask=mask, score=None).path == "bands"
+    theirs = formula(*qkv, mask.dense()[:, 0], 0.3)
+    same(attend(*qkv, mask=mask, scale=0.3), theirs, qkv, torch.bfloat16)
+    side = Side(torch.arange(T)[None])
+    aligned = BoundMask(rule, Coords(side, side, aligned=True)) if rule == Causal() else mask
+    same(attend(*qkv, mask=aligned, scale=0.3), formula(*qkv, aligned.dense()[:, 0], 0.3), qkv, torch.bfloat16)
+
+
+def test_bands_compile_whole_and_nest_in_threads() -> None:
+    """One opaque operator to a compiler, and threads do not share its scratch."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dovetail.kernels.attention import bands
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return bands._attend(q, k, v, None, True, 0.3).float().square().sum()
+
+    qkv = tensors(torch.bfloat16, T=130)
+    plain = torch.autograd.grad(step(*qkv), qkv)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled(*qkv), qkv), plain, strict=True))
+    many = [tensors(torch.bfloat16, T=130) for _ in range(4)]
+    alone = [step(*x) for x in many]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(pool.map(lambda x: step(*x), many), alone, strict=True))
+    torch.library.opcheck(bands._attend, (*(t.detach() for t in qkv), None, True, 0.3))
 
 
 def test_dropout_keeps_the_mean() -> None:

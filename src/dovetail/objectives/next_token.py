@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from dovetail.errors import DataError
 from dovetail.objectives.base import IGNORED, Batch, Loss, Objective, Term
 from dovetail.spec import register
 
-# Logits held at a time: rows enough for full matmul speed, far below (B,T,V). 32 MB in fp32 stay near a CPU's cache;
-# a GPU wants fewer, larger kernels (256 MB).
-_CHUNK = {"cpu": 2**23, "cuda": 2**26}
+# Logits held at a time: rows enough for full matmul speed, far below (B,T,V). 8 MB in fp32 stay in a CPU's cache and
+# in pages that it has; a GPU wants fewer, larger kernels (256 MB).
+_CHUNK = {"cpu": 2**21, "cuda": 2**26}
 
 
 @register(
@@ -41,27 +42,62 @@ class NextToken(Objective):
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         """Raises DataError when the labels do not stand beside the hidden states."""
-        labels = batch["labels"]
-        inputs = {name: value for name, value in batch.items() if name not in ("tokens", "labels")}
-        out = model(batch["tokens"], **inputs, logits=False)
-        if out.aux:
-            raise DataError(f"the model returns {', '.join(out.aux)}, for which next_token has no term")
-        h = out.last_hidden_state
-        if h.shape[:-1] != labels.shape:
-            raise DataError(f"labels {tuple(labels.shape)} do not stand beside hidden states {tuple(h.shape[:-1])}")
-        total, nats, correct = cross_entropy(model.head, h.flatten(0, -2), labels.flatten(), self.smoothing, self.z)
+        h, labels = hidden_states(model, batch, self.kind), batch["labels"]
+        fused = isinstance(model, torch._dynamo.OptimizedModule)
+        total, nats, correct = cross_entropy(
+            model.head, h.flatten(0, -2), labels.flatten(), self.smoothing, self.z, fused=fused
+        )
         count = (labels != IGNORED).sum()
         return Loss({"next_token": Term(total, count)}, metrics={"nats": (nats, count), "correct": (correct, count)})
 
 
+def hidden_states(model: Any, batch: Batch, what: str) -> Tensor:
+    """The model's last hidden states (B,T,C), beside batch["labels"] (B,T). what: the objective that asks.
+
+    Raises DataError when they do not stand beside the labels, or the model returns losses that nobody would add.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("tokens", "labels")}
+    out = model(batch["tokens"], **inputs, logits=False)
+    if out.aux:
+        raise DataError(f"the model returns {', '.join(out.aux)}, for which {what} has no term")
+    h, labels = out.last_hidden_state, batch["labels"]
+    if h.shape[:-1] != labels.shape:
+        raise DataError(f"labels {tuple(labels.shape)} do not stand beside hidden states {tuple(h.shape[:-1])}")
+    return h
+
+
 def cross_entropy(
-    head: Callable[[Tensor], Tensor], h: Tensor, labels: Tensor, smoothing: float = 0.0, z: float = 0.0
+    head: Callable[[Tensor], Tensor],
+    h: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    z: float = 0.0,
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum to minimise, Σ nats, hits) of hidden states h (N,C) against labels (N,), in fp32 (fp64 if h is).
 
-    Logits live one chunk of rows at a time. The gradient of a softmax cross-entropy is known as soon as its
-    logits are, so it is pulled back through `head` (whatever that is: tied, adapted, biased) at once, and kept as
-    (N,C) and in the shape of the head's parameters until the backward asks for it: nothing is computed twice.
+    fused: compile the passes over the logits, as goes with a compiled model.
+    """
+    differentiate = torch.is_grad_enabled()
+    one = _compiled_softmax_loss() if fused else softmax_loss
+
+    def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        return one(logits, labels[rows], smoothing, z, differentiate)
+
+    total, nats, hits = through_head(head, h, loss)
+    return total, nats, hits
+
+
+def through_head(
+    head: Callable[[Tensor], Tensor], h: Tensor, loss: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+) -> list[Tensor]:
+    """Sums over the logits of hidden states h (N,C), the first of which can be differentiated.
+
+    loss(logits (n,V) of those rows, rows of h): ((k,) sums, gradient of the first with respect to the logits (n,V), or
+    None without gradients). Logits live one chunk of rows at a time. Their gradient is pulled back through `head`
+    (whatever that is: tied, adapted, biased) at once, and kept as (N,C) and in the shape of the head's parameters
+    until the backward asks for it: nothing is computed twice.
     """
     differentiate = torch.is_grad_enabled()
     probe = head(h[:1].detach())
@@ -71,9 +107,10 @@ def cross_entropy(
     d_h: list[Tensor] = []
     d_leaves: list[Tensor] | None = None
     for start in range(0, h.shape[0], rows):
-        x = h[start : start + rows].detach().requires_grad_(differentiate)
+        span = slice(start, start + rows)
+        x = h[span].detach().requires_grad_(differentiate)
         logits = head(x)
-        part, d_logits = softmax_loss(logits.detach(), labels[start : start + rows], smoothing, z, differentiate)
+        part, d_logits = loss(logits.detach(), span)
         sums = part if sums is None else sums + part
         if d_logits is None:
             continue
@@ -84,10 +121,10 @@ def cross_entropy(
         else:
             torch._foreach_add_(d_leaves, d_part)
     assert sums is not None
-    total, nats, correct = sums.unbind()
+    total, *rest = sums.unbind()
     if differentiate:
         total = _Deliver.apply(total, 1 + len(leaves), h, *leaves, torch.cat(d_h), *(d_leaves or []))
-    return total, nats, correct  # type: ignore[return-value]
+    return [total, *rest]  # type: ignore[list-item]
 
 
 def softmax_loss(
@@ -117,8 +154,16 @@ def softmax_loss(
         grad.mul_((1 + 2 * z * log_z)[:, None])
     if smoothing:
         grad.sub_(smoothing / logits.shape[-1])
-    grad.scatter_add_(-1, target, torch.full_like(target, -(1 - smoothing), dtype=wide))
+    if torch.compiler.is_compiling():  # fuses with what stands around it, where a scatter would not
+        grad.sub_((1 - smoothing) * (torch.arange(grad.shape[-1], device=grad.device) == target))
+    else:
+        grad.scatter_add_(-1, target, torch.full_like(target, -(1 - smoothing), dtype=wide))
     return sums, grad.mul_(real[:, None]).to(logits.dtype)
+
+
+@cache
+def _compiled_softmax_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(softmax_loss)
 
 
 def _leaves(x: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dovetail.kernels.attention import flex, reference, regions, sdpa
+from dovetail.kernels.attention import bands, flex, reference, regions, sdpa
 from dovetail.kernels.attention.coords import Both, BoundMask, Coords, Rule, Side
 from dovetail.kernels.attention.plan import Plan, plan
 from dovetail.kernels.attention.reference import Region
@@ -30,9 +30,11 @@ def attend(
 ) -> Tensor:
     """softmax(cap(scale·qk + terms)) v under `mask`, by the path that `plan` names (Vaswani et al. 2017, eq. 1)."""
     scale = _scale(q, score, scale)
-    chosen = plan(device=q.device.type, mask=mask, score=score, dropout=dropout)
+    chosen = plan(device=q.device.type, dtype=q.dtype, queries=q.shape[2], mask=mask, score=score, dropout=dropout)
     if chosen.path == "sdpa":
         return sdpa.attend(q, k, v, mask, score, scale, dropout)
+    if chosen.path == "bands":
+        return bands.attend(q, k, v, mask, scale)
     if chosen.path == "flex":
         assert mask is not None
         return flex.attend(q, k, v, mask, scale)

@@ -12,24 +12,31 @@ from dovetail.kernels.attention.score import Score
 
 @dataclass(frozen=True)
 class Plan:
-    """The path taken ("sdpa", "flex", "tiled", "regions") and the reason, for people."""
+    """The path taken ("sdpa", "flex", "bands", "tiled", "regions") and the reason, for people."""
 
     path: str
     why: str
 
 
-def plan(*, device: str, mask: BoundMask | None, score: Score | None, dropout: float = 0.0) -> Plan:
+_BAND = 64  # queries from which bands win on a CPU
+
+
+def plan(
+    *, device: str, dtype: torch.dtype, queries: int, mask: BoundMask | None, score: Score | None, dropout: float = 0.0
+) -> Plan:
     """Chooses the path for one attention call. All arguments are static in a built model."""
     plain = score is None or score.plain
     hides = mask is not None and not mask.full
+    if plain and device == "cpu" and dtype == torch.bfloat16 and queries >= _BAND and not dropout:
+        return Plan("bands", "bf16 on CPU: bands of queries over a scratch that all layers use")
     if plain and not hides:
         return Plan("sdpa", "nothing is masked: fused attention without a mask")
     if plain and mask is not None and mask.causal:
         return Plan("sdpa", "plain causal over aligned tokens: fused attention, is_causal")
     if score is not None and score.value_terms is not None:
         return Plan("tiled", "value terms need the probabilities: plain attention in tiles of queries")
-    long = mask is not None and mask.at.q.order.shape[1] >= 128
-    if device == "cuda" and long and not dropout and torch.compiler.is_compiling() is False and plain:
+    eager = not torch.compiler.is_compiling()
+    if plain and device == "cuda" and queries >= 128 and not dropout and eager:
         return Plan("flex", "a mask beyond causal on CUDA: FlexAttention skips the empty tiles")
     if plain:
         return Plan("sdpa", "a mask beyond causal: fused attention with the mask as booleans")

@@ -130,14 +130,15 @@ class LatentModule(nn.Module):
         plain = Context.of(1, length, meta)
         packed = Context.of(1, length, meta, segments=torch.zeros(1, length, dtype=torch.long, device=meta))
 
-        def chosen(ctx: Context, rule: Mask, how: str) -> Plan:
-            found = plan(device=device, mask=ctx.bind(rule), score=None, dropout=self.dropout)
+        def chosen(ctx: Context, rule: Mask, how: str, queries: int = length) -> Plan:
+            mask, dtype = ctx.bind(rule), self.out.weight.dtype
+            found = plan(device=device, dtype=dtype, queries=queries, mask=mask, score=None, dropout=self.dropout)
             return Plan(found.path, f"{how}; {found.why}")
 
         return {
             "training, prefill": chosen(plain, self.rule, "latents expanded"),
             "padded or packed": chosen(packed, self.rule, "latents expanded"),
-            "decoding": chosen(plain, self.newest[self.ring], "maps absorbed, one shared head"),
+            "decoding": chosen(plain, self.newest[self.ring], "maps absorbed, one shared head", 1),
         }
 
     def _expanded(

@@ -249,17 +249,18 @@ class AttentionModule(nn.Module):
         if "score" in self.position.hooks:
             score = Score(terms=(Toeplitz(torch.empty(0, device=meta), lambda d: d),), cap=self.cap)
 
-        def chosen(ctx: Context, rule: Mask) -> Plan:
+        def chosen(ctx: Context, rule: Mask, queries: int = length) -> Plan:
             if "regions" in self.position.hooks:
                 return Plan("regions", "the position splits the keys into regions: merged attentions")
-            return plan(device=device, mask=ctx.bind(rule), score=score, dropout=self.dropout)
+            mask, dtype = ctx.bind(rule), self.out.weight.dtype
+            return plan(device=device, dtype=dtype, queries=queries, mask=mask, score=score, dropout=self.dropout)
 
         plain = Context.of(1, length, meta)
         packed = Context.of(1, length, meta, segments=torch.zeros(1, length, dtype=torch.long, device=meta))
         if self.cross:
             return {"cross": chosen(plain, Full())}
         uses = {"training, prefill": chosen(plain, self.rule), "padded or packed": chosen(packed, self.rule)}
-        return uses | {"decoding": chosen(plain, self.rule.for_newest(self.ring))}
+        return uses | {"decoding": chosen(plain, self.rule.for_newest(self.ring), 1)}
 
     def project(self, x: Tensor, which: Literal["query", "key"]) -> Tensor:
         """The mixer's own map on other vectors (R,C) -> (R,heads,D): DeBERTa's shared projections."""
