@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from dovetail.kernels.linear import linear
 from dovetail.parts.weights import Linear, Lookup, Rng
 from dovetail.spec import Slot, Spec, register
 
@@ -41,7 +41,7 @@ class TokenEmbeddingModule(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(B,T,C) -> (B,T,V) by the same rows: what a tied head does."""
-        return F.linear(h, self.table.weight)
+        return linear(h, self.table.weight)
 
 
 @register("head", "linear", oracle="torch.nn.Linear", source="Vaswani et al. 2017, section 3.4")

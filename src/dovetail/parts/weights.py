@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dovetail.kernels.linear import linear
 from dovetail.spec import Slot
 
 Rng = Callable[[str], torch.Generator]
@@ -61,7 +62,7 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
         return y if self.multiplier == 1.0 else y * self.multiplier
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
