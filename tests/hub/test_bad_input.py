@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +270,7 @@ def _save_forever(target: Path, started: Any) -> None:
 def test_kill_9_leaves_a_whole_checkpoint(folder: Path) -> None:
     """Killed at random moments of saving: what is there is one save, whole, never a mixture."""
     dice = random.Random(0)
+    met = 0
     for _ in range(6):
         ours, theirs = multiprocessing.Pipe(duplex=False)
         child = multiprocessing.get_context("fork").Process(target=_save_forever, args=(folder, theirs))
@@ -283,4 +286,93 @@ def test_kill_9_leaves_a_whole_checkpoint(folder: Path) -> None:
         model = dt.load(folder)
         found = torch.cat([p.detach().flatten() for p in model.parameters()]).unique().tolist()
         assert len(found) == 1 and found[0] in (done, done + 1)  # the last that ended, or the one not yet told of
-    assert list(folder.parent.glob(".model.*")), "no kill met a save at work"
+        met += bool(list(folder.parent.glob(".model.*")))
+    assert met, "no kill met a save at work"
+    dt.save(model, folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]  # what the dead left is gone
+
+
+STOP = """
+import os, signal, sys, torch
+import dovetail as dt
+from dovetail.hub import files
+torch.set_num_threads(1)
+path, function, how = sys.argv[1:]
+plain = getattr(files, function)
+def stopped(*args):
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("here", flush=True)
+    sys.stdin.readline()
+    return plain(*args)
+setattr(files, function, stopped)
+model = dt.build({"kind": "decoder", "vocab": 24, "dim": 8, "depth": 1, "context": 32, "blocks": {"mixer": {"kind": "attention"}}})
+dt.save(model, path)
+"""  # saves a model of another width than the fixture's, up to a function of files
+
+
+def _stopping(target: Path, function: str, how: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", STOP, str(target), function, how]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "left", "dim"),
+    [("sync", ".part", 16), ("_exchange", ".part", 16), ("_keep", ".old", 8)],
+    ids=["before its files are synced", "before it is put in place", "before the notes are put back"],
+)
+def test_the_next_save_clears_what_a_killed_one_left(folder: Path, function: str, left: str, dim: int) -> None:
+    (folder / "notes.txt").write_text("mine")
+    (folder / "logs").mkdir()
+    bystanders = (".model.x.abcdefgh.part", ".model.notes", ".other.abcdefgh.part")
+    for name in bystanders:
+        (folder.parent / name).mkdir()
+    child = _stopping(folder, function, "die")
+    assert child.wait(60) == -signal.SIGKILL
+    (litter,) = {p.name for p in folder.parent.iterdir()} - {"model", *bystanders}
+    assert litter.endswith(left) and dt.load(folder).spec.dim == dim
+    dt.save(dt.build(SPEC), folder)
+    assert {p.name for p in folder.parent.iterdir()} == {"model", *bystanders}
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "logs").is_dir()
+    assert dt.load(folder).spec.dim == 16
+
+
+@pytest.mark.parametrize("function", ["sync", "_keep"])
+def test_a_save_at_work_is_left_alone(folder: Path, function: str) -> None:
+    """Two processes save to one place: each save is whole, the last one stays, and the notes with it."""
+    (folder / "notes.txt").write_text("mine")
+    child = _stopping(folder, function, "wait")
+    assert child.stdout is not None and child.stdout.readline() == "here\n"
+    (work,) = (p for p in folder.parent.iterdir() if p.name != "model")
+    before = sorted(p.name for p in work.iterdir())
+    files._clear(folder)
+    assert sorted(p.name for p in work.iterdir()) == before
+    if function == "sync":
+        dt.save(dt.build(SPEC), folder)
+        assert dt.load(folder).spec.dim == 16 and sorted(p.name for p in work.iterdir()) == before
+    child.communicate("\n" * 9, timeout=60)
+    assert child.returncode == 0 and dt.load(folder).spec.dim == 8
+    assert (folder / "notes.txt").read_text() == "mine" and [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_target_gone_with_its_save_is_put_back(folder: Path) -> None:
+    """Where two renames stand for the one step: killed between them, the old target is under its other name."""
+    folder.rename(folder.with_name(".model.abcdefgh.old"))
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder):
+        _ = 1 / 0
+    assert dt.load(folder).spec.dim == 16 and [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_without_the_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    dt.save(dt.build(SPEC | {"dim": 8}), folder)
+    assert dt.load(folder).spec.dim == 8 and (folder / "notes.txt").read_text() == "mine"
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(RunError, match="a file stands there"):
+        dt.save(dt.build(SPEC), tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dovetail as dt
+from dovetail import report
 from dovetail.errors import DataError, RunError
 from dovetail.report.measure import by_position, divergence, quality, rows_of, spans, token_nats
 from dovetail.report.text import recut, rows_within
@@ -108,3 +112,16 @@ def test_bad_rows_are_refused(model: Any) -> None:
         model.norm.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="not finite"):
         token_nats(model, rows(1, 5))
+
+
+def test_the_files_of_the_room_import_each_other_in_one_order() -> None:
+    """No circle, those among imports for type checkers alone included."""
+    folder = Path(report.__file__).parent
+    graph: dict[str, set[str]] = {}
+    for path in folder.glob("[a-z]*.py"):
+        found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        inside = [n for n in found if str(n.module).startswith("dovetail.report")]
+        graph[path.stem] = {str(n.module).split(".")[2] for n in inside if n.module != "dovetail.report"}
+        graph[path.stem] |= {a.name for n in inside if n.module == "dovetail.report" for a in n.names}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("results") < order.index("compare") and set(order) == set(graph)

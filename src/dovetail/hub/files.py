@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 CONFIGS = ("config.json", "params.json", "dovetail.json")
 SHARD_BYTES = 5 * 10**9
+_PART, _OLD = ".part", ".old"  # an unfinished save beside its target; a target whose successor stands
 
 
 def weight_files(folder: Path) -> dict[str, list[str] | None]:
@@ -143,37 +148,111 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A scratch folder that takes `target`'s place in one step, once all its files are written and synced.
 
     A kill or a full disk before that leaves `target` as it was. Weights and configs of an older save go; whatever
-    else lay in `target` (logs, notes) stays. Raises RunError when the disk gives out.
+    else lay in `target` (logs, notes) stays. What dead saves of the same target left beside it is cleared first
+    (see `_clear`). Raises RunError when the disk gives out.
     """
     target = target.resolve()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise RunError(
-            f"could not save: {error.strerror or error}", where=str(target), remedy="choose a place that can be written"
-        ) from error
-    try:
-        yield scratch
-        for path in scratch.iterdir():
-            sync(path)
-        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
-        if target.exists():
-            _exchange(scratch, target)
-            for path in scratch.iterdir():  # now what was in the target before
-                if not _replaced(path.name) and not (target / path.name).exists():
-                    path.rename(target / path.name)
-        else:
-            scratch.rename(target)
-        sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"could not save: {getattr(error, 'strerror', None) or error}",
-            where=str(target),
-            remedy="free some space; what was there before is intact",
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.ExitStack() as locks:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and not target.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "a file stands there")
+            _clear(target)
+            scratch = _scratch(target, locks)
+        except OSError as error:
+            raise RunError(
+                f"could not save: {error.strerror or error}",
+                where=str(target),
+                remedy="choose a place that can be written",
+            ) from error
+        try:
+            yield scratch
+            for path in scratch.iterdir():
+                sync(path)
+            scratch.chmod(0o777 & ~_umask())  # mkdtemp makes a private folder
+            if target.exists():
+                with contextlib.suppress(OSError):  # once aside, it must not look like a dead save's
+                    locks.callback(os.close, _lock(target, wait=5.0))
+                _keep(_exchange(scratch, target), target)
+            else:
+                scratch.rename(target)
+            sync(target.parent)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"could not save: {getattr(error, 'strerror', None) or error}",
+                where=str(target),
+                remedy="free some space; what was there before is intact",
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(target: Path, locks: contextlib.ExitStack) -> Path:
+    """A new private folder beside `target`, `.NAME.RANDOM.part`, locked where the system can.
+
+    The lock says that somebody is at work. It ends with the process however that ends, so that a folder without one
+    is a dead save's: no process number that may be another's by now, no age to guess.
+    """
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent))
+        try:
+            locks.callback(os.close, _lock(path))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another save came before the lock, took it for a dead one's, and clears it
+        except OSError:
+            pass  # no locks here: nobody will clear it either
+        return path
+
+
+def _lock(path: Path, wait: float = 0.0) -> int:
+    """A descriptor that holds the lock of a folder (flock) until it is closed. wait: seconds to try for.
+
+    Raises BlockingIOError where another holds it, FileNotFoundError where `path` is gone or another folder by now,
+    OSError where there are no such locks (NFS).
+    """
+    end = time.monotonic() + wait
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+            raise FileNotFoundError(errno.ENOENT, "another folder by now", str(path))
+        except OSError as error:
+            os.close(descriptor)
+            if time.monotonic() >= end or not isinstance(error, (BlockingIOError, FileNotFoundError)):
+                raise
+        time.sleep(0.02)
+
+
+def _clear(target: Path) -> None:
+    """Ends what dead saves of `target` began: unfinished folders go, and what stood aside is kept or put back.
+
+    A folder that is locked, or cannot be, is left alone.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}({re.escape(_PART)}|{re.escape(_OLD)})")
+    for path in sorted(target.parent.iterdir()):
+        if not name.fullmatch(path.name) or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # what cannot be cleared is in nobody's way
+            lock = _lock(path)
+            try:
+                if path.suffix == _PART:
+                    shutil.rmtree(path)
+                elif target.exists():
+                    _keep(path, target)
+                else:
+                    path.rename(target)
+            finally:
+                os.close(lock)
+
+
+def _keep(old: Path, target: Path) -> None:
+    """Moves into `target` what lay in `old` besides the files of a save, and removes `old`."""
+    for path in old.iterdir():
+        if not _replaced(path.name) and not (target / path.name).exists():
+            path.rename(target / path.name)
+    shutil.rmtree(old)
 
 
 def _replaced(name: str) -> bool:
@@ -181,16 +260,25 @@ def _replaced(name: str) -> bool:
     return name.endswith((".safetensors", ".safetensors.index.json")) or name in CONFIGS
 
 
-def _exchange(a: Path, b: Path) -> None:
-    """Swaps two directories: in one step where the system can (Linux), else in three renames."""
+def _exchange(scratch: Path, target: Path) -> Path:
+    """Puts `scratch` in the place of `target`: in one step where the system can (Linux), else in two renames.
+
+    Returns where the old `target` stands now: `.NAME.RANDOM.old`, a name that tells it from an unfinished save.
+    """
+    old = scratch.with_suffix(_OLD)
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
-        return
-    aside = a.with_name(f"{a.name}.old")
-    b.rename(aside)
-    a.rename(b)
-    aside.rename(a)
+    scratch.rename(old)
+    if rename is not None and rename(here, os.fsencode(old), here, os.fsencode(target), exchange) == 0:
+        return old
+    old.rename(scratch)
+    target.rename(old)
+    try:
+        scratch.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    return old
 
 
 def sync(path: Path) -> None:

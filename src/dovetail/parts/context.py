@@ -22,8 +22,8 @@ class Context:
     """B batch (or 1 where all rows agree), T tokens, A position axes (1 text, 2 images, 3 M-RoPE).
 
     positions (B,T,A): what encodings read. order (B,T): what masks compare; it restarts with each document, so
-    that a packed document sees what it would see alone. segments (B,T): documents of a packed row, negative for
-    padding, or None. memory (B,S,C), memory_segments (B,S), memory_positions (B,S,A): encoder output and where its
+    that a packed document sees what it would see alone. segments (B,T): documents of a packed row by number, no two
+    with the same, negative for padding, or None. memory (B,S,C), memory_segments (B,S), memory_positions (B,S,A): encoder output and where its
     tokens stand (0..S-1 unless given).
     cond: named conditioning tensors (time, class, text). grid: height and width of a flattened image.
     aligned: a static promise that order is 0..T-1 in every row and nothing is padded or packed.
@@ -56,7 +56,8 @@ class Context:
         """The context of (batch, length) tokens.
 
         attention_mask (B,T): nonzero where a token is real; padding on either side gives the same result.
-        segments (B,T): document numbers of packed rows; positions restart with each.
+        segments (B,T): document numbers of packed rows, negative for padding. A document is a run of one number,
+        whatever padding lies inside it: [0, 0, 1, 0] are three. Positions restart with each.
         start: tokens that came before, () or (B,) (decoding).
         Raises DataError when the shapes do not match.
         """
@@ -66,9 +67,7 @@ class Context:
         plain = attention_mask is None and segments is None
         begins = isinstance(start, int) and start == 0
         if segments is not None:
-            if attention_mask is not None:
-                segments = torch.where(attention_mask.to(torch.bool), segments, -1)
-            order = _within(segments)
+            order, segments = _documents(segments, attention_mask)
         elif attention_mask is not None:
             real = attention_mask.to(torch.bool)
             segments = torch.where(real, 0, -1)
@@ -155,14 +154,22 @@ class Context:
         return self.grid
 
 
-def _within(segments: Tensor) -> Tensor:
-    """Real tokens of the same document before each token, (B,T); 0 for padding. A document is a run of one number."""
-    real = segments >= 0
-    seen = real.long().cumsum(-1)  # 1 at a row's first real token
-    last = torch.where(real, seen, 0).cummax(-1)
-    previous = segments.gather(-1, last.indices.roll(1, -1))  # number of the real token before, if there is one
-    first = real & ((seen == 1) | (segments != previous))
-    return torch.where(real, seen - torch.where(first, seen, 0).cummax(-1).values, 0)
+def _documents(segments: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(order, segments) of rows (B,T) whose documents are runs of one number, and where numbers may come again.
+
+    mask: nonzero where a token is real; hiding a document does not join its neighbours. order: real tokens of the same
+    document before each token, 0 for padding. segments: a row's documents numbered from 0, -1 for padding, so that
+    equal numbers are one document and masks need compare nothing else.
+    """
+    given = segments >= 0
+    count = given.long().cumsum(-1)  # 1 at a row's first
+    last = torch.where(given, count, 0).cummax(-1)
+    previous = segments.gather(-1, last.indices.roll(1, -1))  # number of the one before, if there is one
+    first = given & ((count == 1) | (segments != previous))
+    real = given if mask is None else given & mask.to(torch.bool)
+    seen = real.long().cumsum(-1)
+    before = torch.where(first, seen - real.long(), 0).cummax(-1).values
+    return torch.where(real, seen - 1 - before, 0), torch.where(real, first.long().cumsum(-1) - 1, -1)
 
 
 def refuse_memory(keys: Tensor | None, values: Tensor | None, path: str) -> None:

@@ -169,7 +169,10 @@ class Strided(Mask):
 
 @register("mask", "document", oracle="formula: segment i == segment j >= 0", source="Raffel et al. 2020 (packing)")
 class Document(Mask):
-    """Same segment, and not padding. Without segments everything is one document."""
+    """Same segment, and not padding. Without segments everything is one document.
+
+    `Context.of` gives every document of a row a number of its own, so that two never pass for one.
+    """
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         if q.segments is None or k.segments is None:

@@ -2,6 +2,7 @@
 
 from dovetail.report.compare import compare
 from dovetail.report.evaluate import evaluate
-from dovetail.report.swap import Report, swap
+from dovetail.report.results import Report
+from dovetail.report.swap import swap
 
 __all__ = ["Report", "compare", "evaluate", "swap"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +17,19 @@ from dovetail.hub import files, load, load_tokenizer
 from dovetail.hub.remote import resolve
 from dovetail.report import arms, html, render
 from dovetail.report.cost import Cost, Job, costs, machine, versions
-from dovetail.report.measure import Quality, computed_in, device_of, dtype_of, in_dtype
+from dovetail.report.measure import computed_in, device_of, dtype_of, in_dtype
 from dovetail.report.plain import plain
 from dovetail.report.recipe import Comparison, tokens_of
+from dovetail.report.results import ArmResult, Result, Sample, first_of_length, named
 from dovetail.report.text import encoded, recut, rows_within, tokens_hash
 from dovetail.sampling import generate
 from dovetail.spec import diff
-from dovetail.surgery import Move
 from dovetail.training.device import choose
 
 _CLAIMS = (
     "An order is claimed only where the gap exceeds twice the spread over seeds (largest less smallest) and twice the "
     "standard error of the gap over rows of text."
 )
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """One arm at one stage. nats: mean over seeds. spread: over seeds (0: no seed matters; None: one seed, matters).
-
-    see: tokens that the model is shown at a time, where truncated. quality: of each seed. diff, moves: of the swap.
-    """
-
-    name: str
-    stage: arms.Stage
-    length: int
-    see: int | None
-    nats: float
-    spread: float | None
-    seeds: tuple[int, ...]
-    quality: tuple[Quality, ...]
-    cost: Cost
-    diff: tuple[tuple[str, Any, Any], ...]
-    moves: tuple[Move, ...]
-
-
-@dataclass(frozen=True)
-class Sample:
-    arm: str
-    prompt: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """Everything that a comparison found.
-
-    context: trained length in tokens. spec: of the model as it is. text: corpus, hashes and tokens scored. dtype: of
-    the weights, what is computed in, and of the state.
-    """
-
-    name: str
-    title: str
-    date: str
-    device: str
-    dtype: str
-    versions: Mapping[str, str]
-    command: str
-    context: int | None
-    spec: Mapping[str, Any]
-    text: Mapping[str, Any]
-    arms: tuple[ArmResult, ...]
-    verdicts: tuple[arms.Verdict, ...]
-    claims: str
-    samples: tuple[Sample, ...]
-    samples_are: str
-    recipe: Mapping[str, Any]
-    out: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON, with `rows` in the format of docs/results."""
-        return plain(self) | {"rows": _rows(self)}
-
-    def __rich__(self) -> Any:
-        return render.comparison(self)
-
-    def __str__(self) -> str:
-        return render.as_text(self)
 
 
 def compare(
@@ -158,7 +93,7 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
         trials.append(arms.run(model, arm, rows[lengths[arm.name]], asked.seeds, stride=stride, tell=say))
     begin("timing", len(asked.arms) + 1)
     jobs = {t.arm.name: Job(t.models[t.last], longest[:1, : t.see or t.length]) for t in trials}
-    peers = _first_of_length({t.arm.name: t.length for t in trials})
+    peers = first_of_length({t.arm.name: t.length for t in trials})
     spent = costs(jobs, against=peers, **dict(asked.speed))
     begin("samples", len(asked.arms) + 2)
     found = tuple(_arm(trial, stage, spent[trial.arm.name], model) for trial in trials for stage in trial.nats)
@@ -207,17 +142,6 @@ def _arm(trial: arms.Trial, stage: arms.Stage, cost: Cost, base: Any) -> ArmResu
     )
 
 
-def _first_of_length(lengths: Mapping[str, int]) -> dict[str, str]:
-    """For each name, the first one of the same length: what its speed is set against."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(length, name) for name, length in lengths.items()}
-
-
-def named(arm: str, stage: str) -> str:
-    """What an arm is called at a stage."""
-    return arm if stage == "as it is" else f"{arm}, {stage}"
-
-
 def _samples(asked: Comparison, trials: list[arms.Trial], tokenizer: Any) -> tuple[Sample, ...]:
     """Greedy continuations by every model that differs from the ones before."""
     out, seen = [], []
@@ -230,32 +154,6 @@ def _samples(asked: Comparison, trials: list[arms.Trial], tokenizer: Any) -> tup
             text = generate(model, tokenizer, prompt, max_new_tokens=asked.sample_tokens, temperature=0.0)
             out.append(Sample(named(trial.arm.name, trial.last), prompt, text))
     return tuple(out)
-
-
-def _rows(result: Result) -> list[dict[str, Any]]:
-    """Rows in the format of docs/results: every arm against its rival, its speed against the first arm of its length."""
-    by_name = {arm.name: arm for arm in result.arms}
-    peers = _first_of_length({arm.name: arm.length for arm in result.arms})
-    out: list[dict[str, Any]] = []
-    for v in result.verdicts:
-        ours, theirs = by_name[named(v.arm, v.stage)], by_name[named(v.rival, v.stage)]
-        row = {"case": ours.name, "metric": "nats/token", "ours": ours.nats, "spread": v.spread, "peer": theirs.name}
-        ratio = theirs.nats / ours.nats if ours.nats else None
-        out.append(row | {"theirs": theirs.nats, "ratio": ratio, "seeds": list(ours.seeds), "outcome": v.outcome})
-    for arm in result.arms:
-        for kind in ("prefill", "decode"):
-            first = by_name[peers[arm.name]]
-            if arm.cost.speed is None or arm is first:
-                continue
-            ours, theirs = (getattr(a.cost.speed, kind) for a in (arm, first))
-            row = {
-                "case": arm.name,
-                "metric": f"{kind} tokens/s",
-                "ours": ours.tokens_per_second,
-                "spread": ours.spread,
-            }
-            out.append(row | {"peer": first.name, "theirs": theirs.tokens_per_second, "ratio": ours.ratio})
-    return out
 
 
 def _source(recipe: str | Path | Mapping[str, Any]) -> str | Path | dict[str, Any]:

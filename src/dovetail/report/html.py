@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dovetail.report import plots
-from dovetail.report.render import averaged, bounded, computed, growth, kl, merged, rate, si
-
-if TYPE_CHECKING:
-    from dovetail.report.compare import ArmResult, Result
+from dovetail.report.render import bounded, computed, growth, merged, rate, said, si
+from dovetail.report.results import ArmResult, Result
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5c6470; --paper: #fff; --line: #d9dde3; --good: #1a7f4b;
@@ -66,8 +64,8 @@ def _by_position(result: Result, length: int) -> list[str]:
     times = "" if result.context is None else f", {length / result.context:g}x the trained context"
     series = {
         arm.name: (
-            [(b.start + b.stop - 1) / 2 for b in averaged(arm)],
-            [b.nats for b in averaged(arm)],
+            [(b.start + b.stop - 1) / 2 for b in arm.by_position()],
+            [b.nats for b in arm.by_position()],
         )
         for arm in here
     }
@@ -80,13 +78,13 @@ def _by_position(result: Result, length: int) -> list[str]:
         mark_is="trained context",
         like=_healed(here),
     )
-    spans = (f"{b.start}-{b.stop - 1}" for b in merged(averaged(here[0])))
+    spans = (f"{b.start}-{b.stop - 1}" for b in merged(here[0].by_position()))
     head = ["arm", "nats/token", "spread over seeds", "seeds", *spans, "KL from the model as it was"]
     rows = []
     for arm in here:
         spread = "unknown" if arm.spread is None else f"{arm.spread:.4f}" if arm.spread else "no seed matters"
-        cells = [f"{b.nats:.3f}" for b in merged(averaged(arm))]
-        rows.append([arm.name, f"{arm.nats:.4f}", spread, ", ".join(map(str, arm.seeds)), *cells, kl(arm)])
+        cells = [f"{b.nats:.3f}" for b in merged(arm.by_position())]
+        rows.append([arm.name, f"{arm.nats:.4f}", spread, ", ".join(map(str, arm.seeds)), *cells, said(arm.kl, 4)])
     tokens = here[0].quality[0].tokens
     note = (
         f'<p class="soft">{tokens:,} tokens scored, the same for every arm; averages over seeds. KL is over rows within '
