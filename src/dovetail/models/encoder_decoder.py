@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from dovetail.parts.embedding import LogitsBias, TokenEmbedding
 from dovetail.parts.init import Normal
 from dovetail.parts.outputs import Outputs
 from dovetail.parts.position.base import NoPosition, position_axes
+from dovetail.parts.recurrent.bridge import Flowing, HandedOver, check_bridge
 from dovetail.parts.state import Room, State
 from dovetail.spec import Ref, Slot, Spec, register
 from dovetail.spec.categories import ContainerPart, EmbeddingPart, HeadPart, InitPart
@@ -29,7 +30,9 @@ class EncoderDecoder(Spec):
     encoder sees its whole input; decoder is causal, and some of its blocks have a `cross` mixer. embedding: of the
     source; decoder_embedding: of the target, the same unless given; head: its transpose unless given.
     decoder_vocab: ids of the target, where they differ. logits_bias: a fixed bias on the logits (BART stores one).
-    decoder_start: the id that a target begins with.
+    decoder_start: the id that a target begins with. bridge: "last_state" starts every recurrence of the decoder from
+    where the encoder's recurrence of the same layer ended (Sutskever et al. 2014, section 2); with it no block needs
+    a cross mixer.
     """
 
     vocab: Count
@@ -40,6 +43,7 @@ class EncoderDecoder(Spec):
     decoder_embedding: EmbeddingPart = Ref(path="embedding")
     encoder: ContainerPart = Stack()
     decoder: ContainerPart = Stack(blocks=(PreNorm(cross=Attention(position=NoPosition())),))
+    bridge: Literal["last_state"] | None = None
     head: HeadPart = Ref(path="decoder_embedding")
     logits_bias: bool = False
     decoder_start: int | None = None
@@ -69,16 +73,20 @@ class EncoderDecoderModule(nn.Module):
                     where=side,
                     remedy="use a stack with streams 1",
                 )
-        if all(getattr(block, "cross", None) is None for block in getattr(spec.decoder, "blocks", ())):
+        looks_back = any(getattr(block, "cross", None) is not None for block in getattr(spec.decoder, "blocks", ()))
+        if not looks_back and spec.bridge is None:
             raise BuildError(
                 "no block of the decoder looks at the encoder",
                 where="decoder.blocks",
-                remedy="give the blocks a cross mixer: {cross: {kind: attention, position: none}}",
+                remedy="give the blocks a cross mixer: {cross: {kind: attention, position: none}}, or recurrences a bridge",
             )
         self.embedding = slot.build(spec.embedding, "embedding", dim_out=spec.vocab)
         self.decoder_embedding = slot.build(spec.decoder_embedding, "decoder_embedding", dim_out=target)
         self.encoder = slot.build(spec.encoder, "encoder", causal=False)
         self.decoder = slot.build(spec.decoder, "decoder", causal=True, memory_dim=spec.dim)
+        self.bridge = spec.bridge
+        if spec.bridge is not None:
+            check_bridge(self.encoder, self.decoder, looks_back)
         self.head_part = slot.build(spec.head, "head", dim_out=target)
         self.logits_bias = LogitsBias(target) if spec.logits_bias else None
 
@@ -97,8 +105,8 @@ class EncoderDecoderModule(nn.Module):
 
         The masks, (B,S) and (B,T), are nonzero where a token is real. state: remembers both sides for decoding on.
         """
-        memory, segments = self._encode(tokens, attention_mask, state)
-        return self._decode(decoder_tokens, decoder_attention_mask, memory, segments, state, logits)
+        memory, segments, start = self._encode(tokens, attention_mask, state)
+        return self._decode(decoder_tokens, decoder_attention_mask, memory, segments, start, state, logits)
 
     def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, *, state: State | None = None) -> Tensor:
         """tokens (B,S) -> encoder output (B,S,C). state: its cross part is filled, so that `decode` can begin."""
@@ -112,19 +120,34 @@ class EncoderDecoderModule(nn.Module):
         attention_mask: Tensor | None = None,
         logits: bool = True,
     ) -> Outputs:
-        """decoder_tokens (B,T), going on from what `state` holds -> Outputs. Raises BuildError before `encode`."""
-        return self._decode(decoder_tokens, attention_mask, None, None, state, logits)
+        """decoder_tokens (B,T), going on from what `state` holds -> Outputs.
+
+        Raises BuildError, or RunError where there is a bridge alone, before `encode`.
+        """
+        return self._decode(decoder_tokens, attention_mask, None, None, None, state, logits)
 
     def _encode(
         self, tokens: Tensor, attention_mask: Tensor | None, state: State | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, list[dict[str, Any]] | None]:
+        """Encoder output, its segments, and what the decoder's layers start from (None: from zero)."""
         ctx = self._context(tokens, attention_mask, 0)
-        memory = self.encoder(self.embedding(tokens), ctx)
+        x = self.encoder.embed(self.embedding(tokens), ctx)
+        flows = self._flows(x) if self.bridge is not None else None
+        memory = self.encoder.run(x, ctx, None if flows is None else [{"mixer": flow} for flow in flows])
         if state is not None:
             state.check_batch(tokens.shape[0])
-            for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
+            for i, (block, layer) in enumerate(zip(self.decoder.blocks, state.layers, strict=True)):
                 block.remember(layer, memory, ctx.segments)
-        return memory, ctx.segments
+                if flows is not None:
+                    layer["mixer"].update(**flows[i].end)
+            for part in state.extra.values():
+                part.done = True
+        return memory, ctx.segments, None if flows is None else [{"mixer": Flowing(flow.end)} for flow in flows]
+
+    def _flows(self, x: Tensor) -> list[Flowing]:
+        """Zeros to start the encoder's recurrences from, for x (B,S,C)."""
+        mixers: list[Any] = [block.mixer for block in self.encoder.blocks]
+        return [Flowing({name: x.new_zeros(x.shape[0], m.hidden_size) for name in m.names}) for m in mixers]
 
     def _decode(
         self,
@@ -132,14 +155,18 @@ class EncoderDecoderModule(nn.Module):
         mask: Tensor | None,
         memory: Tensor | None,
         segments: Tensor | None,
+        start: list[dict[str, Any]] | None,
         state: State | None,
         logits: bool,
     ) -> Outputs:
         ctx = self._context(tokens, mask, 0 if state is None else state.start()).with_memory(memory, segments)
         if state is not None:
             state.check_batch(tokens.shape[0])
+            for part in state.extra.values():
+                part.check()
             state.advance(ctx)
-        h = self.decoder(self.decoder_embedding(tokens), ctx, state)
+        x = self.decoder.embed(self.decoder_embedding(tokens), ctx)
+        h = self.decoder.run(x, ctx, start if state is None else state.layers)
         scores = self.head(h) if logits else None
         return Outputs(logits=scores, last_hidden_state=h, encoder_last_hidden_state=memory)
 
@@ -159,4 +186,5 @@ class EncoderDecoderModule(nn.Module):
         """An empty memory for `batch` targets of at most `capacity` tokens each; `encode` fills its cross part."""
         weight: Any = next(self.parameters())
         room = Room(batch, capacity, weight.device, dtype or weight.dtype, position_axes(self.decoder))
-        return State(self.decoder.new_layers(room), room)
+        extra = None if self.bridge is None else {"bridge": HandedOver()}
+        return State(self.decoder.new_layers(room), room, extra)

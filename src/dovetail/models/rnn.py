@@ -51,8 +51,8 @@ def sequence_to_sequence(
     """A recurrent encoder-decoder with attention: a two-way encoder (Bahdanau et al. 2015, section 3.2), and a
     decoder whose last layer looks at it with one head of multiplicative attention (Luong et al. 2015, "general").
 
-    What is found is added to the stream, where Luong concatenates. Sutskever et al. 2014 hand the encoder's last
-    state over instead of looking back; attention includes that: it may always look at the last place.
+    What is found is added to the stream, where Luong concatenates. Nothing else comes from the encoder: the decoder
+    starts from zero. Without attention, from the encoder's last states: `sequence_to_sequence_by_state`.
     """
     mixer = _CELLS[cell]
     attention = Attention(heads=1, position=NoPosition(), dropout=dropout)
@@ -76,5 +76,33 @@ def sequence_to_sequence(
         decoder_embedding=Ref(path="embedding") if decoder_vocab in (None, vocab) else {"kind": "token"},  # type: ignore[arg-type]
         encoder=encoder,
         decoder=decoder,
+        head=LinearHead(bias=True),
+    )
+
+
+def sequence_to_sequence_by_state(
+    vocab: int,
+    dim: int = 1000,
+    depth: int = 4,
+    cell: Cell = "lstm",
+    dropout: float = 0.0,
+    decoder_vocab: int | None = None,
+) -> EncoderDecoder:
+    """Two stacks of recurrences and no attention: each decoder layer starts from the last state of the encoder's.
+
+    The defaults are the sizes of Sutskever et al. 2014, section 3.4. That they read the source backwards is a matter of
+    the data: give the source's tokens in reverse.
+    """
+    stack = Stack(
+        depth=depth, blocks=(RecurrentBlock(mixer=_CELLS[cell], dropout=dropout),) * depth, norm=None, dropout=dropout
+    )
+    return EncoderDecoder(
+        vocab=vocab,
+        dim=dim,
+        decoder_vocab=decoder_vocab,
+        decoder_embedding={"kind": "token"},  # type: ignore[arg-type]
+        encoder=stack,
+        decoder=stack,
+        bridge="last_state",
         head=LinearHead(bias=True),
     )

@@ -96,10 +96,11 @@ class StackModule(Drops):
                 x = run_reversible(list(self.blocks), x, ctx)
                 return x if self.norm is None else self.norm(x)
         for i, block in enumerate(self.blocks):
+            layer = None if layers is None else layers[i]
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, ctx, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, ctx, layer, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, ctx, None if layers is None else layers[i])
+                x = block(x, ctx, layer)
         return x if self.norm is None else self.norm(x)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> Tensor:
