@@ -141,10 +141,13 @@ def test_swap_heals_by_a_small_training(run: Run, tiny: Path, text: Path, tmp_pa
 
 def test_swap_that_no_published_layout_can_say(run: Run, tiny: Path, tmp_path: Path) -> None:
     change = "blocks.1.mixer={kind: lstm}"
-    code, out, _ = run("swap", tiny, change, "--out", tmp_path / "a", "--json")
+    code, _, err = run("swap", tiny, change, "--out", tmp_path / "a")
+    assert code == 2 and "nothing of the mixer at blocks.1.mixer can be carried" in err and "fresh" in err
+    change = (change, "--fresh", "blocks.1.mixer")
+    code, out, _ = run("swap", tiny, *change, "--out", tmp_path / "a", "--json")
     assert code == 0 and last(out)["format"] == "dovetail", _
     assert dt.load(tmp_path / "a").spec.blocks[1].mixer.kind == "lstm"
-    code, _, err = run("swap", tiny, change, "--out", tmp_path / "b", "--format", "hf")
+    code, _, err = run("swap", tiny, *change, "--out", tmp_path / "b", "--format", "hf")
     assert code == 2 and "cannot say" in err and not (tmp_path / "b").exists()
 
 

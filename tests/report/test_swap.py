@@ -84,7 +84,7 @@ def test_a_swap_that_changes_nothing_measures_as_nothing(model: Any, tokenizer: 
 
 
 def test_without_data_only_what_is_structural_is_reported(model: Any) -> None:
-    new, report = dt.swap(model, {"blocks.*.mixer": dt.parts.Lstm()}, rounds=1)
+    new, report = dt.swap(model, {"blocks.*.mixer": dt.parts.Lstm()}, fresh=["blocks.*.mixer"], rounds=1)
     assert [c.name for c in report.columns] == ["before", "after"]
     assert all(c.quality is None and c.nats is None for c in report.columns)
     assert report.rows == 0 and report.tokens_sha256 is None
@@ -160,6 +160,21 @@ def test_narrow_weights_are_measured_in_fp32_and_kept_as_stored(
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in before)
+
+
+def test_a_learned_table_traded_for_rotations() -> None:
+    mixer = {"kind": "attention", "heads": 4, "position": "none"}
+    spec = {"kind": "decoder", "vocab": 60, "dim": 32, "context": 24, "position": "learned", "blocks": {"mixer": mixer}}
+    model = dt.build(spec)
+    changes = {"position": "none", POSITION: "rope"}
+    new, report = dt.swap(model, changes, tokens=torch.randint(60, (200,)), rounds=1)
+    assert report.length == 24 and report.dropped == ("position.table.weight",) and not report.reinitialised
+    assert {m.exactness for m in report.moves} == {"approximate"} and "no bound" in str(report)
+    assert report.rival.startswith("none"), "no weight is approximate: nothing to draw anew"
+    speed, size = column(report, "before").cost.speed, column(report, "before").cost.size
+    assert speed.prompt + speed.new <= 24 == size.length, "a learned table ends, and what is timed ends before it"
+    assert size.state_bytes_per_token == column(report, "after").cost.size.state_bytes_per_token > 0
+    assert new.spec.blocks[0].mixer.position.kind == "rope"
 
 
 def test_bad_input_is_named(model: Any, tokenizer: Any) -> None:

@@ -63,7 +63,7 @@ def test_the_rival_keeps_queries_and_draws_keys_and_values_anew() -> None:
 
 def test_another_mixer_starts_anew_and_the_rest_is_carried() -> None:
     old = model()
-    result = transplant(old, dt.override(old.spec, {"blocks.1.mixer": {"kind": "lstm"}}))
+    result = transplant(old, dt.override(old.spec, {"blocks.1.mixer": {"kind": "lstm"}}), fresh=["blocks.1.mixer"])
     assert all(name.startswith("blocks.1.mixer") for name in result.reinitialised)
     assert all(name.startswith("blocks.1.mixer") for name in result.dropped)
     same = dict(result.model.named_parameters())
@@ -100,7 +100,9 @@ def test_heads_of_another_width_share_nothing_even_at_equal_shapes() -> None:
     changed = dt.override(
         old.spec, {"blocks.*.mixer.heads": 8, "blocks.*.mixer.kv_heads": 4, "blocks.*.mixer.head_dim": 4}
     )
-    result = transplant(old, changed)
+    with pytest.raises(SpecError, match="heads of another number or width"):
+        transplant(old, changed)
+    result = transplant(old, changed, fresh=["blocks.*.mixer"])
     assert all(".mixer." in name for name in result.reinitialised)
     assert "blocks.0.mixer.qkv.weight" in result.reinitialised
-    assert {m.how for m in result.moves} == {"its weights mean something else there"}
+    assert {m.how for m in result.moves} == {"on request"}

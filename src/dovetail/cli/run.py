@@ -96,6 +96,9 @@ def swap(
     heal: Annotated[
         Path | None, typer.Option("--heal", help="YAML {data: corpus, train: {...}}: train a little after the swap.")
     ] = None,
+    fresh: Annotated[
+        list[str] | None, typer.Option("--fresh", help="Path of parts that start at random, e.g. 'blocks.*.mixer'.")
+    ] = None,
     format: Annotated[str, typer.Option(help='"hf" (the published layout) or "dovetail".')] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
     as_json: Json = False,
@@ -118,7 +121,8 @@ def swap(
             raise UserError(f"no text file {str(text)!r}", where="--text")
         texts, tokenizer = [_read(text)], load_tokenizer(folder)
     how = None if heal is None else read_yaml(heal)
-    new, report = do(model, dict(parse_assignment(c) for c in changes), texts=texts, tokenizer=tokenizer, heal=how)
+    asked = dict(parse_assignment(c) for c in changes)
+    new, report = do(model, asked, texts=texts, tokenizer=tokenizer, heal=how, fresh=fresh or [])
     chosen = format or "hf"
     try:
         save(new, out, format=chosen, tokenizer_from=folder)  # type: ignore[arg-type]

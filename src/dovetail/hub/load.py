@@ -24,9 +24,9 @@ NATIVE = "dovetail.json"
 
 @dataclass
 class Origin:
-    """Where a model came from: what a faithful save needs."""
+    """Where a model came from: what a faithful save needs. folder: None once its tokenizer no longer fits."""
 
-    folder: Path
+    folder: Path | None
     family: str | None
     config: dict[str, Any]
     carried: Carried

@@ -110,7 +110,7 @@ def run(
             trial.transplant = trial.transplant or done
             _score(trial, "as it is", model, _like(reference, base, model), reference, rows, seed, drawn)
         if arm.heal is not None:
-            model = healing.heal(model, arm.heal, seed)
+            model = healing.heal(model, arm.heal, seed, base)
             _score(trial, "healed", model, _like(reference, base, model), reference, rows, seed, True)
         elif not drawn:
             break
@@ -122,7 +122,7 @@ def untested(base: Any, arm: Arm, length: int, seed: int, reference: Any) -> Tri
     model, done = _make(base, arm, seed)
     trial = Trial(arm, length, None, None, done, {"as it is": model})
     if arm.heal is not None:
-        trial.models["healed"] = healing.heal(model, arm.heal, seed)
+        trial.models["healed"] = healing.heal(model, arm.heal, seed, base)
     trial.measured[trial.last] = _like(reference, base, trial.models[trial.last])
     return trial
 

@@ -10,7 +10,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dovetail.report.measure import device_of, dtype_of, evaluating
+from dovetail.sampling.limits import table
 from dovetail.training.flops import flops_per_token, parameter_count
 
 _TURN = 0.02  # seconds
@@ -74,14 +75,16 @@ class Memory:
 
 def size(model: Any, length: int) -> Size:
     """Counts and bytes of one model at `length` tokens."""
-    small, large = (model.new_state(1, n).nbytes() for n in (length, 2 * length))
+    limit = table(model.spec)
+    other = 2 * length if limit is None or 2 * length <= limit else length // 2  # a learned table ends somewhere
+    here, there = (model.new_state(1, n).nbytes() for n in (length, other))
     return Size(
         length,
         parameter_count(model),
         sum(p.nbytes for p in model.parameters()),
         flops_per_token(model, length),
-        small,
-        (large - small) / length,
+        here,
+        (there - here) / (other - length),
         dtype_of(model),
     )
 
@@ -115,7 +118,8 @@ def costs(
     """Everything about each job, at the length of its prompt.
 
     Jobs of equal spec and length are measured once. against: for each job, the one that its ratios refer to.
-    rounds: 0 leaves speed and memory out. seconds: see `measured_rates`. Raises RunError and BuildError as decoding does.
+    rounds: 0 leaves speed and memory out. seconds: see `measured_rates`. Where a job has a learned position table, all
+    prompts are timed no longer than leaves `new` tokens room in it (at most half of it). Raises RunError and BuildError as decoding does.
     """
     first: dict[tuple[str, int], str] = {}
     same = {
@@ -125,12 +129,16 @@ def costs(
     sizes = {name: size(job.model, job.prompt.shape[1]) for name, job in apart.items()}
     if not rounds:
         return {name: Cost(sizes[same[name]]) for name in jobs}
+    tables = [rows for job in apart.values() if (rows := table(job.model.spec)) is not None]
+    if tables:
+        new = min(new, max(1, min(tables) // 2))
+        apart = {name: replace(job, prompt=job.prompt[:, : min(tables) - new]) for name, job in apart.items()}
     rates = measured_rates(apart, new, rounds, seconds)
     memory = {name: peak_memory(job.runs, job.prompt) for name, job in apart.items()}
     out = {}
-    for name, job in jobs.items():
+    for name in jobs:
         prefill, decode = (_rate(a, b) for a, b in zip(rates[same[name]], rates[same[against[name]]], strict=True))
-        speed = Speed(job.prompt.shape[1], new, prefill, decode)
+        speed = Speed(apart[same[name]].prompt.shape[1], new, prefill, decode)
         out[name] = Cost(sizes[same[name]], speed, memory[same[name]])
     return out
 

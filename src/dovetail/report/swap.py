@@ -2,81 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.errors import UserError
-from dovetail.report import arms, render
-from dovetail.report.cost import Cost, Job, costs, machine, versions
-from dovetail.report.measure import Quality, check_model, computed_in, device_of, dtype_of, in_dtype
-from dovetail.report.plain import plain
+from dovetail.report import arms
+from dovetail.report.cost import Job, costs, machine, versions
+from dovetail.report.measure import check_model, computed_in, device_of, dtype_of, in_dtype
 from dovetail.report.recipe import Arm, Heal, read_heal
+from dovetail.report.results import Column, Report
 from dovetail.report.text import documents_of, rows_within, tokens_hash
 from dovetail.sampling.limits import reach
 from dovetail.spec import Spec, diff, override
-from dovetail.surgery import Move, Transplant, transplant
+from dovetail.surgery import Transplant, transplant
 
 _SAMPLES = 32_768  # tokens scored, at most
 _SECONDS = 8.0  # of timing, after which no round begins once there were three
-
-
-@dataclass(frozen=True)
-class Column:
-    """One way of having the model. name: "before", "after", "rival", "after, healed", "rival, healed".
-
-    quality: None where nothing was given to measure on; otherwise of the first seed. nats: mean over seeds,
-    nats/token. see: tokens that it is shown at a time, where truncated.
-    """
-
-    name: str
-    what: str
-    cost: Cost
-    quality: Quality | None
-    nats: float | None
-    see: int | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a swap changed. diff: (path, old, new) of the spec. moves: what happened to each part's weights.
-
-    carried, reinitialised, dropped: parameter names (dropped ones are the old model's). rival: what the trivial
-    alternative is, or why there is none. verdicts: after against it. length: tokens in a scored row; rows: how many.
-    computed_in: dtype of the copies that were scored and timed; bytes of weights and state are in their own (cost.size).
-    """
-
-    diff: tuple[tuple[str, Any, Any], ...]
-    moves: tuple[Move, ...]
-    carried: tuple[str, ...]
-    reinitialised: tuple[str, ...]
-    dropped: tuple[str, ...]
-    columns: tuple[Column, ...]
-    rival: str
-    verdicts: tuple[arms.Verdict, ...]
-    length: int
-    rows: int
-    tokens_sha256: str | None
-    device: str
-    computed_in: str
-    versions: Mapping[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return plain(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-
-    def __rich__(self) -> Any:
-        return render.swap_report(self)
-
-    def __str__(self) -> str:
-        return render.as_text(self)
 
 
 def swap(
@@ -87,6 +31,7 @@ def swap(
     tokens: Tensor | None = None,
     tokenizer: Any = None,
     heal: Heal | Mapping[str, Any] | None = None,
+    fresh: Sequence[str] = (),
     length: int | None = None,
     seed: int = 0,
     rounds: int = 7,
@@ -96,7 +41,8 @@ def swap(
     changes: overrides of its spec by path: {"blocks.*.mixer.kv_heads": 2}. texts (with tokenizer), or tokens (N,) or
     (R,T) int64: what before, after and the trivial rival are scored on; without them no quality is reported.
     heal: {data: corpus, train: {...}}, a training after the swap; before and after it are measured, with two seeds,
-    so that an order can be claimed. length: tokens in a scored row; the model's reach after the swap unless given.
+    so that an order can be claimed. fresh: paths whose weights start anew on purpose; a part of which nothing can be
+    carried is refused elsewhere. length: tokens in a scored row; the model's reach after the swap unless given.
     rounds: of timing, batch 1; 0 leaves speed and memory out. seed: of whatever starts at random.
 
     Units: losses and divergences in nats/token, rates in tokens/s, memory and state in bytes. Weights narrower than
@@ -105,7 +51,7 @@ def swap(
 
     The trivial rival of parts that are only approximated is a random start of equal size; of a swap that keeps every
     weight, the model as it was, shown only its trained context at a time (where rows are longer than that).
-    Raises SpecError, BuildError for changes that do not fit, UserError for no changes, texts without a tokenizer, or
+    Raises SpecError, BuildError for changes that do not fit or carry nothing, UserError for no changes, texts without a tokenizer, or
     a model that is no language model of one stream, DataError for data too short, RunError for losses not finite.
     """
     if not changes:
@@ -115,9 +61,9 @@ def swap(
     asked = None if heal is None else read_heal(dict(heal) if isinstance(heal, Mapping) else heal)
     documents = documents_of(tokens, texts, tokenizer)
     length = _length(length, new, documents)
-    done = transplant(model, new, seed=seed)
+    done = transplant(model, new, seed=seed, fresh=fresh)
     reference = in_dtype(model, computed_in(model))
-    swapped = Arm(name="after", length=length, swap=dict(changes), heal=asked)
+    swapped = Arm(name="after", length=length, swap=dict(changes), fresh=tuple(fresh), heal=asked)
     rival, why = _rival(model.spec, done, swapped, length)
     before = Arm(name="before", length=length)
     rows = None
@@ -176,7 +122,7 @@ def _length(asked: int | None, new: Spec, documents: list[Tensor]) -> int:
 
 def _rival(old: Any, done: Transplant, swapped: Arm, length: int) -> tuple[Arm | None, str]:
     """The trivial alternative, and what it is or why there is none."""
-    if any(move.exactness == "approximate" for move in done.moves):
+    if done.approximated:
         arm = swapped.model_copy(update={"name": "rival", "redraw": True, "rival_of": ("after",)})
         return arm, "random re-initialisation, of equal size, of what the swap only approximates"
     if done.reinitialised:
@@ -185,4 +131,7 @@ def _rival(old: Any, done: Transplant, swapped: Arm, length: int) -> tuple[Arm |
     if context is not None and length > context:
         arm = Arm(name="rival", length=length, truncate=context, rival_of=("after",))
         return arm, f"the model as it was, shown at most its trained context of {context} tokens"
-    return None, "none: every weight is carried, and rows within the trained context would not be truncated"
+    return (
+        None,
+        "none: every weight that still has a place is carried, and rows within the trained context would not be truncated",
+    )

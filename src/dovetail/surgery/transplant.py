@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,28 +14,41 @@ from torch import Tensor, nn
 from dovetail.errors import SpecError
 from dovetail.models import build
 from dovetail.spec import Spec
-from dovetail.surgery.maps import Exactness, find_map
+from dovetail.surgery.maps import Exactness, Mapped, Place, find_map, map_entries, whole_maps
 
 
 @dataclass(frozen=True)
 class Move:
-    """What happened to one part's weights. count: scalars."""
+    """What happened to one part's weights. count: scalars.
+
+    errors: relative Frobenius errors |new - old| / |old| by weight, where they need no data.
+    """
 
     path: str
     exactness: Exactness
     how: str
     count: int
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float | None:
+        """The largest of the errors, or None where there is none to state."""
+        return max(self.errors.values(), default=None)
 
 
 @dataclass
 class Transplant:
-    """The new model and the account: parameter names carried, re-initialised, and dropped from the old one."""
+    """The new model and the account: parameter names carried, re-initialised, and dropped from the old one.
+
+    approximated: names of which a trivial rival would draw anew at least some rows.
+    """
 
     model: Any
     moves: list[Move] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    approximated: list[str] = field(default_factory=list)
 
 
 def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (), rival: bool = False) -> Transplant:
@@ -44,60 +57,62 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
     A parameter is carried when the part that owns it is of the same kind at the same path and has the same shape,
     or when a weight map gives it; otherwise it starts anew from (seed, path). fresh: paths (with *) whose weights
     start anew on purpose. rival: what maps only approximate starts anew too, the trivial rival of the map.
-    Raises SpecError when a fresh path matches nothing.
+    Raises SpecError when a fresh path matches nothing, and for a part of which nothing can be carried although
+    fresh does not ask for a random start.
     """
     weight = next(model.parameters())
     grown = build(new, seed=seed, device=weight.device)
     old_parts, new_parts = _parts(model), _parts(grown)
-    old, result = dict(model.named_parameters()), Transplant(grown)
+    old, result = {n: p.data for n, p in model.named_parameters()}, Transplant(grown)
     wanted = dict(grown.named_parameters())
+    owners = {name: _owner(name, new_parts) for name in wanted}
     anew = _matching(fresh, wanted)
     settled: set[str] = set()
-    lost: set[str] = set()  # of a shape that fits, but a map says that they mean something else now
+    lost: dict[str, str] = {}  # of a shape that fits, but a map says that they mean something else now
     used: set[str] = set()
-    for path, part in new_parts.items():
-        before = old_parts.get(path)
+    for path, (own, mapped) in _mapped(model, grown, new, old, old_parts, new_parts, owners).items():
+        asked = anew.intersection(own)
+        if own and asked.issuperset(own):
+            continue
         prefix = f"{path}." if path else ""
-        own = [n for n in wanted if n.startswith(prefix) and _owner(n, new_parts) == path and n not in anew]
-        if before is None or before == part or not own:
-            continue
-        mapping = find_map(before, part)
-        local = {n.removeprefix(prefix): t.data for n, t in old.items() if _owner(n, old_parts) == path}
-        mapped = None if mapping is None else mapping(before, part, local, getattr(new, "dim", 0))
-        if mapped is None:
-            continue
-        lost |= {n for n in own if n.removeprefix(prefix) not in mapped.tensors}
-        for name, value in mapped.tensors.items():
-            target = wanted[prefix + name]
-            rows = mapped.approximate.get(name, []) if rival else []
-            _fill(target, value, rows)
-            settled.add(prefix + name)
-            used.add(prefix + name)
-            (result.reinitialised if rows else result.carried).append(prefix + name)
-        if not mapped.tensors:
-            continue
-        how = "re-initialised in place of: " + mapped.how if rival and mapped.approximate else mapped.how
-        exactness: Exactness = "reinitialised" if rival and mapped.approximate else mapped.exactness
-        result.moves.append(Move(path, exactness, how, sum(t.numel() for t in mapped.tensors.values())))
+        lost |= {n: mapped.how for n in own if n.removeprefix(prefix) not in mapped.tensors}
+        for name in (prefix + n for n in mapped.tensors):
+            if name in asked:
+                continue
+            local = name.removeprefix(prefix)
+            inexact = mapped.approximate.get(local, [])
+            rows = mapped.drawn.get(local, []) + (inexact if rival else [])
+            _fill(wanted[name], mapped.tensors[local], rows)
+            settled.add(name)
+            used.add(name)
+            (result.reinitialised if rows else result.carried).append(name)
+            result.approximated += [name] if inexact else []
+        if own and not mapped.tensors:
+            continue  # it starts anew below, or is refused
+        redrawn = rival and bool(mapped.approximate)
+        how = "re-initialised in place of: " + mapped.how if redrawn else mapped.how
+        exactness: Exactness = "reinitialised" if redrawn else mapped.exactness
+        count = sum(t.numel() for t in mapped.tensors.values())
+        result.moves.append(Move(path, exactness, how, count, {} if redrawn else dict(mapped.errors)))
     for name, target in wanted.items():
         if name in settled:
             continue
-        there = old.get(name)
-        owner = _owner(name, new_parts)
+        there, owner = old.get(name), owners[name]
         same = owner in old_parts and old_parts[owner].kind == new_parts[owner].kind
-        if name not in anew | lost and there is not None and same and there.shape == target.shape:
-            _fill(target, there.data, [])
+        if name not in anew and name not in lost and there is not None and same and there.shape == target.shape:
+            _fill(target, there, [])
             result.carried.append(name)
             used.add(name)
         else:
             result.reinitialised.append(name)
+    started = [name for name in result.reinitialised if name not in settled]
+    _refuse_lost(wanted, set(started), anew, lost, old_parts, new_parts)
     result.dropped = sorted(old.keys() - used)
     groups: dict[str, list[str]] = {}
-    for name in result.reinitialised:
-        if name not in settled:
-            groups.setdefault(_owner(name, new_parts), []).append(name)
+    for name in started:
+        groups.setdefault(owners[name], []).append(name)
     for path, names in groups.items():
-        why = "its weights mean something else there" if lost.issuperset(names) else "nothing to carry it from"
+        why = "its weights mean something else there" if lost.keys() >= set(names) else "nothing to carry it from"
         how = "on request" if anew.issuperset(names) else why
         result.moves.append(Move(path, "reinitialised", how, sum(wanted[n].numel() for n in names)))
     for name, target in wanted.items():
@@ -108,6 +123,87 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
     if hasattr(model, "origin"):
         grown.origin = copy.copy(model.origin)
     return result
+
+
+def _mapped(
+    model: Any,
+    grown: Any,
+    new: Spec,
+    old: Mapping[str, Tensor],
+    old_parts: Mapping[str, Spec],
+    new_parts: Mapping[str, Spec],
+    owners: Mapping[str, str],
+) -> dict[str, tuple[list[str], Mapped]]:
+    """By part: the parameters that it owns, and what the maps give for them. Maps of the whole model come first."""
+    found: dict[str, Mapped] = {}
+    for entry in whole_maps() if model.spec != new else []:
+        found = (entry.function(model.spec, new, old) or {}) | found
+    for path, part in new_parts.items():
+        before = old_parts.get(path)
+        mapping = None if before is None or before == part or path in found else find_map(before, part)
+        if before is None or mapping is None:
+            continue
+        prefix = f"{path}." if path else ""
+        local = {n.removeprefix(prefix): t for n, t in old.items() if _owner(n, old_parts) == path}
+        mapped = mapping(before, part, local, Place(getattr(new, "dim", 0), grown.get_submodule(path)))
+        if mapped is not None:
+            found[path] = mapped
+    return {path: ([n for n, owner in owners.items() if owner == path], mapped) for path, mapped in found.items()}
+
+
+def _refuse_lost(
+    wanted: Mapping[str, Any],
+    started: set[str],
+    anew: set[str],
+    lost: Mapping[str, str],
+    old_parts: Mapping[str, Spec],
+    new_parts: Mapping[str, Spec],
+) -> None:
+    """Raises SpecError for parts all of whose weights start anew although nobody asked: the outermost such part."""
+    refused: list[str] = []
+    for path in new_parts:
+        prefix = f"{path}." if path else ""
+        names = {n for n in wanted if n.startswith(prefix)}
+        inside = any(path.startswith(f"{p}.") for p in refused)
+        if names and names <= started and not names <= anew and not inside:
+            refused.append(path)
+    if not refused:
+        return
+    path = refused[0]
+    before, part = old_parts.get(path), new_parts[path]
+    prefix = f"{path}." if path else ""
+    why = next((how for name, how in lost.items() if name.startswith(prefix)), None)
+    if why is None:
+        why = (
+            "nothing stood there before"
+            if before is None
+            else f"no map leads from {before.kind!r} to {part.kind!r}"
+            if before.kind != part.kind
+            else "its sizes are others"
+        )
+    where = f"{path or 'the root'}" + (f" and {len(refused) - 1} more" if len(refused) > 1 else "")
+    stars = re.sub(r"\.\d+(?=\.|$)", ".*", path) or "*"
+    raise SpecError(
+        f"nothing of the {part.category} at {where} can be carried: {why}",
+        where=path or "the root",
+        remedy=f"{_instead(before, part)}ask for a random start: fresh={[stars]}",
+    )
+
+
+def _instead(before: Spec | None, part: Spec) -> str:
+    """What would carry weights in place of a refused swap."""
+    category = part.category
+    kept = before is not None and before.kind == part.kind
+    if before is None and category == "block":
+        return "add layers with surgery.grow_depth, or "
+    if kept and category in ("embedding", "head"):
+        return "change the ids with surgery.extend_vocabulary or trim_vocabulary, or "
+    if kept and category == "mixer":
+        return "remove whole heads with surgery.prune_heads, or "
+    if before is None:
+        return ""
+    kinds = sorted({e.new for e in map_entries() if (e.category, e.old) == (category, before.kind) and e.new != "*"})
+    return f"from {before.kind!r} weights are carried to: {', '.join(kinds)}; or " if kinds and not kept else ""
 
 
 def _fill(target: nn.Parameter, value: Tensor, keep_rows: list[tuple[int, int]]) -> None:
@@ -126,7 +222,7 @@ def _parts(model: nn.Module) -> dict[str, Spec]:
     }  # type: ignore[misc]
 
 
-def _owner(name: str, parts: dict[str, Spec]) -> str:
+def _owner(name: str, parts: Mapping[str, Spec]) -> str:
     """The deepest part that a parameter lies in."""
     steps = name.split(".")
     for end in range(len(steps) - 1, -1, -1):

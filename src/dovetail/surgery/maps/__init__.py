@@ -1,0 +1,31 @@
+"""Weight maps, one file a family: from part to part, each with its class of exactness.
+
+    heads        numbers of key/value heads, biases, masks (window and sinks), score options of attention
+    feedforward  widths, MLP to GLU
+    norm         LayerNorm to RMSNorm, with the mean folded away or without
+    position     one position for another, tables of another length
+    ties         a head tied to the embedding, or freed from it
+
+A map of the storage of weights (int8, NF4) belongs here too, as `storage.py`, beside the part that stores them.
+Maps to more or fewer layers, ids or neurons chosen by importance are functions of their own in `dovetail.surgery`:
+which layer, id or neuron goes where is not in the spec.
+"""
+
+from dovetail.surgery.maps import feedforward, heads, norm, position, ties
+from dovetail.surgery.maps.base import (
+    Exactness,
+    MapEntry,
+    Mapped,
+    Place,
+    find_map,
+    map_entries,
+    relative_error,
+    weight_map,
+    whole_map,
+    whole_maps,
+)
+
+__all__ = [
+    "Exactness", "MapEntry", "Mapped", "Place", "feedforward", "find_map", "heads", "map_entries", "norm", "position",
+    "relative_error", "ties", "weight_map", "whole_map", "whole_maps",
+]  # fmt: skip
