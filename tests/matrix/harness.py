@@ -48,6 +48,13 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
         "decoder": {"depth": 1, "blocks": {"cross": {"kind": "attention", "position": "none"}, "mixer": "attention"}},
     },
     ("corpus", "files"): {"paths": ["a.txt", "b.txt"]},
+    ("objective", "distillation"): {
+        "teacher": "a",
+        "next_token": 0.5,
+        "hidden": 0.25,
+        "transfer": 2.0,
+        "temperature": 2.0,
+    },
 }
 INIT = {"kind": "normal", "std": 0.25}  # wide enough that every part changes the outputs
 
@@ -141,7 +148,7 @@ GRID_PLACES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     ],
 }
 ALONE = ("activation", "norm", "feedforward", "init")  # exercised by themselves too: maps of each position
-OUTSIDE = ("objective", "corpus")  # stand beside a model, not in it: exercised by tests of their own
+OUTSIDE = ("objective", "corpus", "storage")  # stand beside a model, not in it: exercised by tests of their own
 
 
 def arrangement(e: Entry, depth: int = DEPTH) -> Spec:

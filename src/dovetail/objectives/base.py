@@ -54,6 +54,14 @@ class Objective(Spec):
 
     scope: ClassVar[Literal["token", "batch"]] = "token"
 
+    def helpers(self) -> dict[str, str]:
+        """Models that it reads beside the one that learns: role -> directory. None unless an objective says so."""
+        return {}
+
+    def prepared(self, helpers: Mapping[str, Any]) -> Objective:
+        """This objective with its helpers in hand, by role: frozen models in eval mode, on the learner's device."""
+        return self
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many items each term will sum over, from the labels alone."""
         raise TypeError(f"{self.kind} does not say what it counts")

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dovetail.errors import SpecError, did_you_mean
-from dovetail.spec.categories import CorpusPart
+from dovetail.objectives.next_token import NextToken
+from dovetail.spec.categories import CorpusPart, ObjectivePart
 from dovetail.spec.spec import validate
 from dovetail.training.recipe import Section, Train, overridden
 
@@ -36,10 +37,15 @@ class Data(Section):
 
 
 class Heal(Section):
-    """A short training after a swap. data: its corpus. train: as in a training recipe; its seed is the arm's."""
+    """A short training after a swap. data: its corpus. train, objective, pack, cache: as in a training recipe (pack and
+    cache of its `data`); the seed is the arm's. A distillation without a teacher learns from the model before the swap.
+    """
 
     data: CorpusPart
     train: Train
+    objective: ObjectivePart = NextToken()
+    pack: Literal["documents", "none"] = "documents"
+    cache: str | None = None
 
     @field_validator("train")
     @classmethod

@@ -14,7 +14,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def matmul_weights(model: nn.Module) -> int:
     """Weights that every token is multiplied with: those of linear maps, and a tied table once more as the head."""
-    total = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    total = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
     head: Any = getattr(model, "head_part", None)
     if head is not None and head is getattr(model, "embedding", None):
         total += head.table.weight.numel()

@@ -24,7 +24,7 @@ from dovetail.training.meters import Bar, Log, Rate
 from dovetail.training.optim import Average, adamw, clip, set_rate
 from dovetail.training.recipe import Recipe, Train
 from dovetail.training.schedules import factor
-from dovetail.training.setup import Parts, copy_tokenizer, set_up
+from dovetail.training.setup import Parts, copy_tokenizer, set_up, with_helpers
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Run:
         recipe = parts.recipe
         self.parts, self.out, self.recipe, self.options = parts, out, recipe, recipe.train
         self.device, self.model = parts.device, parts.model
-        self.objective: Objective = recipe.objective  # type: ignore[assignment]
+        self.objective = with_helpers(parts)
         t = self.options
         if self.objective.scope == "batch" and t.accumulate > 1:
             raise SpecError(
@@ -268,7 +268,8 @@ class Run:
 def evaluate(
     model: Any, objective: Objective, rows: Rows, *, batch: int, limit: int = 0, precision: str = "none"
 ) -> dict[str, float]:
-    """{nats, perplexity, accuracy, tokens} over all rows (or the first `limit` batches); the mode is put back."""
+    """{nats, perplexity, accuracy, tokens} and the objective's other metrics over all rows (or the first `limit`
+    batches); the mode is put back."""
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -286,9 +287,9 @@ def evaluate(
     finally:
         model.train(was)
     means = {name: float(sums[name] / counts[name]) for name in sums}
-    nats = means["nats"]
+    nats, correct = means.pop("nats"), means.pop("correct")
     perplexity = math.exp(nats) if nats < 700 else math.inf
-    return {"nats": nats, "perplexity": perplexity, "accuracy": means["correct"], "tokens": int(counts["nats"])}
+    return {"nats": nats, "perplexity": perplexity, "accuracy": correct, "tokens": int(counts["nats"])} | means
 
 
 def _rate(t: Train, step: int) -> float:

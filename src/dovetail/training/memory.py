@@ -12,11 +12,13 @@ Sharded over all devices (FSDP2, ZeRO-3), bytes a parameter:
 (Rajbhandari et al. 2020, section 3.1, with gradients accumulated in fp32; Dettmers et al. 2023, section 3.)
 On every device besides: activations (each linear map of a block keeps its input and output in bf16, each norm its
 input in fp32; with checkpointing one fp32 vector a token and block, and one block in full), one chunk of logits with
-its gradient, two blocks gathered in bf16 with one's gradient (when sharded), and 1 GB of runtime.
+its gradient, two blocks gathered in bf16 with one's gradient (when sharded), frozen models that the objective reads
+(a teacher, in fp32), and 1 GB of runtime.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from dovetail.training.flops import flops_per_token, parameter_count
 
 Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+FROZEN = "frozen "  # begins the names of helpers' bytes
 
 _FULL = {"weights": 2.0, "gradients": 2.0 + 4.0, "master weights": 4.0, "Adam": 8.0}  # bytes a parameter
 _NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # 4 bits, an 8-bit constant every 64, an fp32 one every 256 of those
@@ -66,14 +69,16 @@ def estimate(
     checkpointing: bool = True,
     rank: int = 16,
     device_bytes: float = 80e9,
+    helpers: Mapping[str, float] | None = None,
 ) -> Estimate:
     """Memory to train `model` with `batch` rows of `length` tokens on each device, by the table above.
 
-    rank: of LoRA adapters on every linear map of the blocks.
+    rank: of LoRA adapters on every linear map of the blocks. helpers: role -> bytes of frozen models that every device
+    holds whole.
     """
     blocks = list(_blocks(model))
     linears = [m for b in blocks for m in b.modules() if isinstance(m, nn.Linear)]
-    inner = sum(m.weight.numel() for m in linears)
+    inner = sum(m.in_features * m.out_features for m in linears)
     everything = parameter_count(model)
     if method == "full":
         sharded = {name: size * everything for name, size in _FULL.items()}
@@ -82,6 +87,7 @@ def estimate(
         base = 2.0 * everything if method == "lora" else _NF4 * inner + 2.0 * (everything - inner)
         sharded = {"weights": base, "adapters and their states": sum(_FULL.values()) * adapters}
     each = _activations(model, blocks, batch * length, checkpointing) | {"runtime": _RUNTIME}
+    each |= {f"{FROZEN}{role}": size for role, size in (helpers or {}).items()}
     block_bytes = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
     gathered = block_bytes * (2 * 2.0 + (2.0 if method == "full" else 0.0))
     if sum(sharded.values()) + sum(each.values()) <= device_bytes:
@@ -126,10 +132,19 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [block for stack in stacks if isinstance(stack, nn.ModuleList) for block in stack]
 
 
-def remedies(model: nn.Module, found: Estimate, *, batch: int, length: int, checkpointing: bool) -> list[str]:
+def remedies(
+    model: nn.Module,
+    found: Estimate,
+    *,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+    helpers: Mapping[str, float] | None = None,
+) -> list[str]:
     """What to change when `found` does not fit on one device, the mildest first, each with what it would then need."""
     tries: list[tuple[str, dict[str, Any]]] = []
     here: dict[str, Any] = {"method": found.method, "batch": batch, "length": length, "checkpointing": checkpointing}
+    here["helpers"] = helpers
     if not checkpointing:
         here["checkpointing"] = True
         tries.append(("train.checkpointing=true", dict(here)))

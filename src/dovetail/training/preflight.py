@@ -20,9 +20,9 @@ from dovetail.hub.load import read_config
 from dovetail.models import build
 from dovetail.training.device import autocast, choose, peak_memory, peak_rate, precision, total_memory
 from dovetail.training.flops import parameter_count
-from dovetail.training.memory import METHODS, Estimate, estimate, remedies, train_flops
+from dovetail.training.memory import FROZEN, METHODS, Estimate, estimate, remedies, train_flops
 from dovetail.training.recipe import Recipe
-from dovetail.training.setup import Parts, hub_folder, load_tokenizer, model_spec, set_up
+from dovetail.training.setup import Parts, hub_folder, load_tokenizer, model_spec, set_up, with_helpers
 
 _SHOWN = 256  # tokens of the first row that are printed
 _MFU = 0.4  # what a tuned run reaches; times without a dry run assume it and say so
@@ -82,6 +82,9 @@ class Preflight:
                 style=style,
             )
         parts.append(table)
+        for name, size in self.estimates[0].each.items():
+            if name.startswith(FROZEN):
+                parts.append(f"among it the objective's {name.removeprefix(FROZEN)}, frozen: {size / 1e9:,.2f} GB")
         if self.dry_run is not None:
             seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
             parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")
@@ -101,7 +104,8 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
     device = choose(t.device)
     model = _on_paper(recipe)
     room = total_memory(device)
-    same = {"batch": t.batch, "length": t.length, "checkpointing": t.checkpointing}
+    same: dict[str, Any] = {"batch": t.batch, "length": t.length, "checkpointing": t.checkpointing}
+    same["helpers"] = _helper_bytes(recipe)
     estimates = tuple(estimate(model, method, device_bytes=room, **same) for method in METHODS)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     about = f"{name} with {room / 1e9:,.0f} GB"
@@ -135,7 +139,7 @@ def check_labels(batch: dict[str, Tensor], objective: Any) -> None:
 def dry_run(parts: Parts, rows: Rows) -> dict[str, float]:
     """Forward and backward of the longest batch, after one to warm up: {"seconds", "peak_bytes"}."""
     t = parts.recipe.train
-    objective: Any = parts.recipe.objective
+    objective: Any = with_helpers(parts)
     chosen = precision(t.autocast, parts.device)
     batch = {name: x.to(parts.device) for name, x in collate([rows[rows.longest()]] * t.batch).items()}
     parts.model.train()
@@ -158,6 +162,13 @@ def _on_paper(recipe: Recipe) -> Any:
     if isinstance(recipe.model, dict):
         return build(model_spec(recipe, load_tokenizer(recipe)), weights=False)
     return build(read_config(hub_folder(recipe.model))[0], weights=False)
+
+
+def _helper_bytes(recipe: Recipe) -> dict[str, float]:
+    """Bytes of the frozen fp32 models that the objective reads, by role. Raises SpecError, ConfigError."""
+    objective: Any = recipe.objective
+    paths = {role: hub_folder(path) for role, path in objective.helpers().items()}
+    return {role: 4.0 * parameter_count(build(read_config(at)[0], weights=False)) for role, at in paths.items()}
 
 
 def _coloured(batch: dict[str, Tensor], pieces: tuple[str, ...]) -> Text:

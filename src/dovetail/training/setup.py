@@ -18,6 +18,7 @@ from dovetail.data.rows import Rows
 from dovetail.errors import SpecError
 from dovetail.hub.save import COMPANIONS
 from dovetail.models import build
+from dovetail.objectives import Objective
 from dovetail.parts.containers import StackModule
 from dovetail.spec import Spec, entry
 from dovetail.training.device import choose
@@ -120,6 +121,27 @@ def make_model(recipe: Recipe, tokenizer: hub.Tokenizer) -> Any:
     model = hub.load(recipe.model, dtype=torch.float32)
     check_vocab(model.spec, tokenizer)
     return model
+
+
+def with_helpers(parts: Parts) -> Objective:
+    """The recipe's objective with the models that it reads besides (a teacher): frozen, in eval mode and fp32 as the
+    learner is, on its device. They are no part of the run's model: not optimised, not saved. Raises UserErrors."""
+    objective: Any = parts.recipe.objective
+    helpers = {role: _frozen(role, path, parts) for role, path in objective.helpers().items()}
+    return objective.prepared(helpers)
+
+
+def _frozen(role: str, path: str, parts: Parts) -> Any:
+    folder = hub_folder(path)
+    if (folder / "tokenizer.json").is_file():
+        theirs = hub.load_tokenizer(folder).fast.get_vocab(with_added_tokens=True)
+        if theirs != parts.tokenizer.fast.get_vocab(with_added_tokens=True):
+            raise SpecError(
+                f"the {role} reads text by another tokenizer: its ids mean other things",
+                where=f"objective.{role}: {folder}",
+                remedy=f"choose a {role} that shares the model's vocabulary",
+            )
+    return hub.load(folder, dtype=torch.float32, device=parts.device).requires_grad_(False).eval()
 
 
 def check_vocab(spec: Any, tokenizer: hub.Tokenizer) -> None:
