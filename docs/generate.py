@@ -92,6 +92,8 @@ def in_a_model(entry: Entry, spec: Spec) -> tuple[dict[str, Any], Spec, str]:
         return in_a_recipe({"objective": given}, "objective")
     if entry.category == "corpus":
         return in_a_recipe({"data": {"train": given}}, "data.train")
+    if entry.category == "storage":
+        return given, spec, "The part alone."
     if entry.category == "model":
         return given, dt.build(given, weights=False).spec, "Defaults left out."
     if grid:

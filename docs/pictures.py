@@ -224,6 +224,19 @@ def norm(spec: Spec) -> Figure:
     return figure
 
 
+def storage(spec: Any) -> Figure:
+    """What a block of weights between -1 and 1 becomes, and what that is off by."""
+    weight = torch.linspace(-1, 1, 2001)[None]
+    stored = spec.replace(block=2002).store(weight)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for ax, values, label in zip(
+        axes, (stored.dense(), stored.dense() - weight), ("stored weight", "error"), strict=True
+    ):
+        ax.plot(weight[0], values[0], lw=0.9)
+        ax.set(xlabel="weight / absmax of its block", ylabel=label)
+    return figure
+
+
 def arrangement(spec: Spec) -> Figure:
     """The tree of parts as boxes, equal layers folded."""
     rows = _rows(spec, "", 0)
@@ -280,5 +293,5 @@ def _axes(xlabel: str, ylabel: str = "", size: tuple[float, float] = (6, 3.4)) -
 
 PAINTERS: dict[str, Callable[[Any], Figure | None]] = {
     "activation": activation, "mask": mask, "position": position, "rope_scaling": rope_scaling, "init": init,
-    "norm": norm,
+    "norm": norm, "storage": storage,
 }  # fmt: skip

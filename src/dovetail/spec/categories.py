@@ -22,3 +22,5 @@ InitPart = Annotated[Spec, Part("init")]  # how weights start
 ContainerPart = Annotated[Spec, Part("container")]  # blocks in an arrangement
 CorpusPart = Annotated[Spec, Part("corpus")]  # texts to train on or to score
 ObjectivePart = Annotated[Spec, Part("objective")]  # what is minimised
+StoragePart = Annotated[Spec, Part("storage")]  # how a frozen weight is kept
+AdapterPart = Annotated[Spec, Part("adapter")]  # what a trained model is changed by
