@@ -51,7 +51,7 @@ def save(
         config: dict[str, Any] = {"dovetail": 1, "spec": model.spec.to_dict()}
         name, tensors = NATIVE, ours
     elif format == "hf":
-        entry = _family(model, origin)
+        entry = family_of(model, origin)
         known = origin is not None and origin.family == entry.name
         config = entry.write(model.spec, origin.config if known and origin else {})
         carried = origin.carried if known and origin else Carried()
@@ -105,7 +105,7 @@ def _special_ids(folder: Path) -> dict[str, Any]:
     }
 
 
-def _family(model: Any, origin: Origin | None) -> Family:
+def family_of(model: Any, origin: Origin | None) -> Family:
     if origin is not None and origin.family is not None:
         return FAMILIES[origin.family]
     tried = []

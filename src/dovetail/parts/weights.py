@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.kernels.linear import linear
+from dovetail.parts.adaptable import Adaptable
+from dovetail.parts.storage.base import Storage, Stored
 from dovetail.spec import Slot
 
 Rng = Callable[[str], torch.Generator]
@@ -28,13 +30,15 @@ class InitScheme(Protocol):
     def multiplier(self, role: str, fan_in: int, fan_out: int) -> float: ...
 
 
-class Linear(nn.Linear):
+class Linear(Adaptable, nn.Linear):
     """y = x Wᵀ + b, W (dim_out, dim_in).
 
     role says what the init scheme goes by: "query", "key", "value", "in" (other readers of the stream),
     "residual" (writes back to it), "head" (to logits). parts: (role, width) of maps fused along dim_out,
-    initialised as if they were apart.
+    initialised as if they were apart. `stored`: where the weight is kept in codes instead (then `weight` is None).
     """
+
+    stored: Stored | None = None
 
     def __init__(
         self,
@@ -62,13 +66,36 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, self.bias)
+        y = self.around(self.plain, x) if self.adapted else self.plain(x)
         return y if self.multiplier == 1.0 else y * self.multiplier
+
+    def plain(self, x: Tensor) -> Tensor:
+        """W x + b without adapters and multiplier."""
+        return linear(x, self.weight, self.bias) if self.stored is None else self.stored.linear(x, self.bias)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop alone: one map of several that are fused."""
-        y = F.linear(x, self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        weight, bias = self.effective(self.dense(), self.bias)
+        y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
         return y if self.multiplier == 1.0 else y * self.multiplier
+
+    def matrix(self) -> Tensor:
+        """The weight (out, in) as it acts, adapters and all; without the multiplier."""
+        return self.effective(self.dense())[0]
+
+    def dense(self) -> Tensor:
+        """The weight (out, in) without adapters."""
+        return self.weight if self.stored is None else self.stored.dense()
+
+    def keep(self, storage: Storage) -> None:
+        """From now on the weight is frozen and kept as `storage` says. Raises CheckpointError."""
+        self.stored = storage.store(self.weight.data)
+        self.weight = None  # type: ignore[assignment]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.weight.dtype if self.stored is None else self.stored.dtype
 
 
 class Drops(nn.Module):
@@ -80,7 +107,7 @@ class Drops(nn.Module):
         return F.dropout(x, self.drop) if self.drop and self.training else x
 
 
-class Lookup(nn.Embedding):
+class Lookup(Adaptable, nn.Embedding):
     """Rows by number: W (count, dim)."""
 
     def __init__(self, count: int, dim: int, *, slot: Slot, role: str = "embedding"):
@@ -92,6 +119,17 @@ class Lookup(nn.Embedding):
 
     def initialise(self, rng: Rng) -> None:
         self.slot.init.draw(self.weight, self.role, self.num_embeddings, self.embedding_dim, self.slot, rng("weight"))
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return self.around(self.plain, ids) if self.adapted else self.plain(ids)
+
+    def plain(self, ids: Tensor) -> Tensor:
+        """The rows without adapters."""
+        return F.embedding(ids, self.weight)
+
+    def matrix(self) -> Tensor:
+        """W as it acts, adapters and all."""
+        return self.effective(self.weight)[0]
 
 
 def initialise(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> None:

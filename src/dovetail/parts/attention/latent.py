@@ -131,7 +131,7 @@ class LatentModule(nn.Module):
         packed = Context.of(1, length, meta, segments=torch.zeros(1, length, dtype=torch.long, device=meta))
 
         def chosen(ctx: Context, rule: Mask, how: str, queries: int = length) -> Plan:
-            mask, dtype = ctx.bind(rule), self.out.weight.dtype
+            mask, dtype = ctx.bind(rule), self.out.dtype
             found = plan(device=device, dtype=dtype, queries=queries, mask=mask, score=None, dropout=self.dropout)
             return Plan(found.path, f"{how}; {found.why}")
 
@@ -155,7 +155,7 @@ class LatentModule(nn.Module):
     ) -> Tensor:
         """The key map moved into the query and the value map behind the softmax: one shared head, nothing expanded."""
         H, nope, _, Dv = self.sizes
-        up = self.kv_up.weight.unflatten(0, (H, nope + Dv)) * self.kv_up.multiplier
+        up = self.kv_up.matrix().unflatten(0, (H, nope + Dv)) * self.kv_up.multiplier
         q = torch.cat([torch.einsum("bthd,hdr->bthr", q, up[:, :nope]), q_turned], -1)
         k, v = torch.cat([latent[:, :, None], k_turned], -1), latent[:, :, None]
         mixed = self._softmax(q, k, v, rule, at, ctx)

@@ -252,7 +252,7 @@ class AttentionModule(nn.Module):
         def chosen(ctx: Context, rule: Mask, queries: int = length) -> Plan:
             if "regions" in self.position.hooks:
                 return Plan("regions", "the position splits the keys into regions: merged attentions")
-            mask, dtype = ctx.bind(rule), self.out.weight.dtype
+            mask, dtype = ctx.bind(rule), self.out.dtype
             return plan(device=device, dtype=dtype, queries=queries, mask=mask, score=score, dropout=self.dropout)
 
         plain = Context.of(1, length, meta)

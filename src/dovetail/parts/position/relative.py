@@ -62,7 +62,7 @@ class T5BucketsModule(PositionModule):
         return side + torch.where(back < exact, back, far)
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
-        return Score((Toeplitz(self.table.weight.t(), self.bucket),))
+        return Score((Toeplitz(self.table.matrix().t(), self.bucket),))
 
 
 @register(
@@ -165,7 +165,7 @@ class RelativeBias2dModule(PositionModule):
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         check_grid((self.height, self.width), ctx, self.path)
-        return Score((Toeplitz(self.table.weight.t(), self.bucket, axes=(0, 1)),))
+        return Score((Toeplitz(self.table.matrix().t(), self.bucket, axes=(0, 1)),))
 
 
 @register(
@@ -214,7 +214,7 @@ class AxialModule(PositionModule):
 
             return Content(compute, T, inside_scale=False)
 
-        return Score((along(0, self.rows.weight), along(1, self.columns.weight)))
+        return Score((along(0, self.rows.matrix()), along(1, self.columns.matrix())))
 
 
 def grid_size(height: int | None, width: int | None, kind: str, slot: Slot) -> tuple[int, int]:

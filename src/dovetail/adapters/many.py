@@ -1,0 +1,202 @@
+"""One model, many adapters: put on, taken off, chosen, routed, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dovetail.adapters.base import AdapterSpec
+from dovetail.errors import BuildError, SpecError, UserError, did_you_mean
+from dovetail.parts.adaptable import Adaptable, adaptables, of_adapter
+from dovetail.spec import Spec
+
+
+def adapt(model: Any, adapter: AdapterSpec | Mapping[str, Any] | str, *, name: str = "default", seed: int = 0) -> Any:
+    """Freezes `model` and puts an adapter on it, active and trainable, in place; returns the model.
+
+    adapter: a spec, a mapping with `kind`, or a kind's name. Others that are there stay, active and frozen.
+    seed: of its random start, with the place's path. Raises SpecError, BuildError for places that it cannot take.
+    """
+    spec = Spec.parse("adapter", dict(adapter) if isinstance(adapter, Mapping) else adapter, where="adapter")
+    assert isinstance(spec, AdapterSpec)
+    held = adapters(model)
+    if name in held:
+        raise SpecError(f"an adapter {name!r} is there already", remedy="give the new one another name")
+    if not name or "." in name:
+        raise SpecError(f"{name!r} cannot name an adapter", remedy="use letters, digits, - and _")
+    _not_merged(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        spec.attach(model, name, seed)
+    except Exception:
+        spec.detach(model, name)
+        raise
+    model.adapters_held = {**held, name: spec}
+    use(model, *active(model), name)
+    return model
+
+
+def adapters(model: Any) -> dict[str, AdapterSpec]:
+    """Name -> spec of every adapter on the model, in the order they came."""
+    return dict(getattr(model, "adapters_held", {}))
+
+
+def active(model: Any) -> tuple[str, ...]:
+    """Names of the adapters in use, the innermost first."""
+    return tuple(getattr(model, "adapters_active", ()))
+
+
+def use(model: Any, *names: str) -> None:
+    """These adapters and no others, one around the other in this order. Raises UserError for a name not there."""
+    _known(model, names)
+    _not_merged(model)
+    model.adapters_active = names
+    for _, place in adaptables(model):
+        there = place.attached()
+        place.active = tuple(n for n in names if n in there)
+
+
+@contextmanager
+def off(model: Any) -> Iterator[None]:
+    """Inside, the model as it is without adapters (a reference policy)."""
+    was = active(model)
+    use(model)
+    try:
+        yield
+    finally:
+        use(model, *was)
+
+
+@contextmanager
+def route(model: Any, rows: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
+    """Inside, every row of the batch goes through the adapters that it names (None: none), in one pass.
+
+    Raises UserError for names that are not there, BuildError for adapters that do not work row by row.
+    """
+    chosen = [(r,) if isinstance(r, str) else tuple(r or ()) for r in rows]
+    _known(model, [name for names in chosen for name in names])
+    _not_merged(model)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row, names in enumerate(chosen):
+        groups.setdefault(names, []).append(row)
+    device = next(model.parameters()).device
+    indices = {names: torch.tensor(found, device=device) for names, found in groups.items()}
+    touched: list[Adaptable] = []
+    try:
+        for _, place in adaptables(model):
+            there = place.attached()
+            if any(name in there for names in groups for name in names):
+                place.routes = tuple((tuple(n for n in names if n in there), at) for names, at in indices.items())
+                touched.append(place)
+        yield
+    finally:
+        for place in touched:
+            place.routes = ()
+
+
+def remove(model: Any, name: str = "default") -> Any:
+    """Takes an adapter off; with the last one gone the model is as it was, frozen. Returns the model."""
+    _known(model, [name])
+    _not_merged(model)
+    adapters(model)[name].detach(model, name)
+    model.adapters_held = {n: spec for n, spec in adapters(model).items() if n != name}
+    use(model, *(n for n in active(model) if n != name))
+    return model
+
+
+@torch.no_grad()
+def merge(model: Any) -> Any:
+    """The active adapters into the weights they stand around, which then run at the model's own speed; in place.
+
+    Sums are taken in fp32 and rounded once to the weight's dtype; codes of a quantised weight are dequantised first,
+    and it stays dense while merged. The weights as they were are kept aside, so that `unmerge` restores their bits.
+    Raises UserError for nothing to merge, BuildError for adapters that are no change of a weight.
+    """
+    _not_merged(model)
+    if not active(model):
+        raise UserError("no adapter is active", remedy="adapt the model, or name one with use")
+    _all_mergeable(model)
+    kept: dict[str, tuple[Any, Any, Any]] = {}
+    for path, place in adaptables(model):
+        if not place.active:
+            continue
+        stored: Any = getattr(place, "stored", None)
+        bias: Any = getattr(place, "bias", None)
+        base: Any = place.weight if stored is None else stored.dense()
+        weight, new_bias = place.effective(base, bias)
+        kept[path] = (place.weight, bias, stored)
+        place.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+        if new_bias is not bias:
+            place.bias = None if new_bias is None else nn.Parameter(new_bias, requires_grad=False)  # type: ignore[assignment]
+        if stored is not None:
+            place.stored = None  # type: ignore[assignment]
+        place.active = ()
+    model.merged_over = kept
+    return model
+
+
+def unmerge(model: Any) -> Any:
+    """The weights as they were before `merge`, bit for bit, and the adapters active again; in place."""
+    kept = getattr(model, "merged_over", None)
+    if kept is None:
+        raise UserError("nothing is merged")
+    for path, (weight, bias, stored) in kept.items():
+        place = model.get_submodule(path)
+        place.weight = weight
+        if hasattr(place, "bias"):
+            place.bias = bias
+        if stored is not None:
+            place.stored = stored
+    del model.merged_over
+    use(model, *active(model))
+    return model
+
+
+def merge_and_forget(model: Any) -> Any:
+    """`merge`, and the adapters and what was kept are gone: a plain model, ready to be saved. Returns the model."""
+    merge(model)
+    del model.merged_over
+    for name in list(adapters(model)):
+        adapters(model)[name].detach(model, name)
+    model.adapters_held, model.adapters_active = {}, ()
+    return model
+
+
+def trainable(model: Any) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what trains."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def base_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Name -> parameter of the model without its adapters."""
+    return {name: p for name, p in model.named_parameters() if not of_adapter(name)}
+
+
+def _known(model: Any, names: Sequence[str]) -> None:
+    held = adapters(model)
+    for name in names:
+        if name not in held:
+            raise UserError(
+                f"no adapter {name!r} on this model", remedy=did_you_mean(name, held) if held else "adapt it first"
+            )
+
+
+def _not_merged(model: Any) -> None:
+    if getattr(model, "merged_over", None) is not None:
+        raise UserError("adapters are merged into this model", remedy="unmerge it first")
+
+
+def _all_mergeable(model: Any) -> None:
+    """Refuses before anything is changed."""
+    specs = adapters(model)
+    for name in active(model):
+        if not getattr(specs[name], "mergeable", True):
+            raise BuildError(
+                f"the {specs[name].kind} adapter {name!r} is not a change of weights and cannot be merged",
+                remedy="keep it beside the model: save_adapter, load_adapter",
+            )
