@@ -24,4 +24,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, scale: float) -> Te
         mask.memo["block"] = create_block_mask(
             mask.mod(), rows if rows > 1 else None, None, q.shape[2], k.shape[2], device=str(q.device)
         )
-    return _compiled()(q, k, v, block_mask=mask.memo["block"], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    run = flex_attention if torch.compiler.is_compiling() else _compiled()
+    return run(q, k, v, block_mask=mask.memo["block"], scale=scale, enable_gqa=q.shape[1] != k.shape[1])

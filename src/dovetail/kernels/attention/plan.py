@@ -35,8 +35,7 @@ def plan(
         return Plan("sdpa", "plain causal over aligned tokens: fused attention, is_causal")
     if score is not None and score.value_terms is not None:
         return Plan("tiled", "value terms need the probabilities: plain attention in tiles of queries")
-    eager = not torch.compiler.is_compiling()
-    if plain and device == "cuda" and queries >= 128 and not dropout and eager:
+    if plain and device == "cuda" and queries >= 128 and not dropout:
         return Plan("flex", "a mask beyond causal on CUDA: FlexAttention skips the empty tiles")
     if plain:
         return Plan("sdpa", "a mask beyond causal: fused attention with the mask as booleans")
