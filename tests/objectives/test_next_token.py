@@ -172,3 +172,17 @@ def test_spec_is_strict() -> None:
     assert Spec.parse("objective", "next_token") == NextToken()
     with pytest.raises(SpecError, match="smoothing"):
         Spec.parse("objective", {"kind": "next_token", "smothing": 0.1})
+
+
+def test_a_frozen_head_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under an adapter nothing of the head learns: hidden states still get their gradient, chunk after chunk."""
+    from dovetail.objectives import next_token
+
+    monkeypatch.setattr(next_token, "_CHUNK", {"cpu": 64, "cuda": 64})
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 20, bias=False).double().requires_grad_(False)
+    h, labels = torch.randn(200, 8, dtype=torch.float64, requires_grad=True), torch.randint(0, 20, (200,))
+    total = next_token.cross_entropy(head, h, labels)[0]
+    wanted = torch.nn.functional.cross_entropy(head(h), labels, reduction="sum")
+    ours, theirs = (torch.autograd.grad(loss, h)[0] for loss in (total, wanted))
+    assert torch.allclose(total, wanted) and torch.allclose(ours, theirs, atol=1e-12)

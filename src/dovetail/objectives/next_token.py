@@ -118,7 +118,7 @@ def through_head(
         d_h.append(d_x)
         if d_leaves is None:
             d_leaves = [d.clone() if d.dtype == torch.float64 else d.float() for d in d_part]
-        else:
+        elif d_leaves:
             torch._foreach_add_(d_leaves, d_part)
     assert sums is not None
     total, *rest = sums.unbind()
