@@ -47,7 +47,9 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
         "encoder": {"depth": 1},
         "decoder": {"depth": 1, "blocks": {"cross": {"kind": "attention", "position": "none"}, "mixer": "attention"}},
     },
+    ("adapter", "fusion"): {"of": ["one", "two"]},
     ("corpus", "files"): {"paths": ["a.txt", "b.txt"]},
+    ("corpus", "controlled"): {"codes": ["A"], "corpora": [{"kind": "text", "path": "a.txt"}]},
     ("objective", "distillation"): {
         "teacher": "a",
         "next_token": 0.5,
@@ -148,7 +150,13 @@ GRID_PLACES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     ],
 }
 ALONE = ("activation", "norm", "feedforward", "init")  # exercised by themselves too: maps of each position
-OUTSIDE = ("objective", "corpus", "storage")  # stand beside a model, not in it: exercised by tests of their own
+OUTSIDE = (
+    "objective",
+    "corpus",
+    "storage",
+    "adapter",
+    "lora_init",
+)  # stand beside a model, not in it: exercised by tests of their own
 
 
 def arrangement(e: Entry, depth: int = DEPTH) -> Spec:

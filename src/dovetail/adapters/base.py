@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dovetail.errors import ConfigError, SpecError, did_you_mean
 from dovetail.hub.names import has_names, pieces
 from dovetail.parts.adaptable import Adaptable, adaptables
-from dovetail.parts.weights import Linear, Rng, generator
+from dovetail.parts.weights import Linear, Lookup, Rng, generator
 from dovetail.spec import Spec
 
 
@@ -72,7 +72,14 @@ class AdapterSpec(Spec):
     """
 
     mergeable: ClassVar[bool] = True  # whether it is a change of weights
+    identity: ClassVar[bool] = True  # whether it starts as the model without it
     peft_type: ClassVar[str | None] = None  # its name in PEFT's adapter_config.json
+    peft_prefix: ClassVar[str] = "base_model.model."  # of the names of its tensors there
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of other adapters that it stands on."""
+        return ()
 
     def attach(self, model: Any, name: str, seed: int) -> None:
         """Raises SpecError where it finds no place, BuildError where a place cannot take it."""
@@ -95,6 +102,17 @@ class AdapterSpec(Spec):
     def peft_tensors(self, model: Any, name: str) -> dict[str, Tensor]:
         """The live parameters (or views of them) under PEFT's names, "base_model.model." left out: to copy both ways."""
         return {}
+
+    def peft_state(self, model: Any, name: str) -> dict[str, Tensor]:
+        """What is written in PEFT's layout, where that is another shape than the parameters have."""
+        return self.peft_tensors(model, name)
+
+    def penalty(self, model: Any, name: str) -> Tensor | None:
+        """What training adds to the loss of every step, a scalar; None for nothing."""
+        return None
+
+    def after_backward(self, model: Any, name: str, step: int, steps: int) -> None:
+        """Called after optimiser step `step` (from 1) of `steps`, before its gradients are dropped."""
 
     def detach(self, model: Any, name: str) -> None:
         """Takes `name` out of the model again."""
@@ -147,8 +165,9 @@ def sites(model: nn.Module, targets: Iterable[str] | None, *, tables: bool = Tru
         if not tables and not isinstance(site.place, Linear):
             continue
         kept = []
-        for segment in (*site.segments, *_parts(site)):
-            names = [target for target in wanted if any(matches(target, name) for name in segment.names)]
+        apart = tuple(target for target in wanted if ":" in target)
+        for segment, said in (*((s, wanted) for s in site.segments), *((s, apart) for s in _parts(site))):
+            names = [target for target in said if any(matches(target, name) for name in segment.names)]
             hit.update(names)
             if names:
                 kept.append(segment)
@@ -170,7 +189,7 @@ def sites(model: nn.Module, targets: Iterable[str] | None, *, tables: bool = Tru
 
 
 def places(model: nn.Module) -> Iterator[Site]:
-    """Every place with all its rows, cut as the published layout keeps them, or into the maps that are fused there."""
+    """Every weight and table with all its rows, cut as the published layout keeps them, or into the maps that are fused there."""
     stored: dict[str, list[Any]] = {}
     if has_names(model):
         for piece in pieces(model)[0]:
@@ -184,10 +203,9 @@ def places(model: nn.Module) -> Iterator[Site]:
                 for a, b, name in cut
             ]
             yield Site(path, place, tuple(segments or _joined(path, parts)))
-        else:
-            rows = getattr(place, "num_embeddings", 0)
+        elif isinstance(place, Lookup):
             name = cut[0][2] if cut else None
-            yield Site(path, place, (Segment(0, rows, (path, *([name] if name else [])), name),))
+            yield Site(path, place, (Segment(0, place.num_embeddings, (path, *([name] if name else [])), name),))
 
 
 def _parts(site: Site) -> list[Segment]:

@@ -12,12 +12,13 @@ from dovetail.adapters import many
 from dovetail.adapters.base import AdapterSpec, PeftConfig
 from dovetail.errors import CheckpointError, ConfigError, UserError
 from dovetail.hub import files
+from dovetail.hub.names import pieces
 from dovetail.parts.adaptable import ADAPTERS
 from dovetail.spec import Spec
 from dovetail.spec.registry import entry, kinds
 
-PEFT, NATIVE, WEIGHTS = "adapter_config.json", "adapter.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PEFT, NATIVE = files.ADAPTER_CONFIGS
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -25,7 +26,8 @@ def save_adapter(
 ) -> Path:
     """Writes one adapter alone, atomically; returns the directory. name: needed only where there are several.
 
-    Raises ConfigError where PEFT's layout cannot say it (format="dovetail" always can), UserError for a wrong name.
+    Raises ConfigError where PEFT's layout cannot say it (format="dovetail" always can), UserError for a wrong name,
+    or a folder that holds a model.
     """
     name = _one(model, name)
     spec = many.adapters(model)[name]
@@ -36,18 +38,30 @@ def save_adapter(
         base = None if origin is None or origin.folder is None else str(origin.folder)
         config = {"peft_type": spec.peft_type, "task_type": _task(model), "base_model_name_or_path": base}
         config |= spec.to_peft(model, name) | {"inference_mode": True}
-        file, tensors = PEFT, {_PREFIX + key: t for key, t in spec.peft_tensors(model, name).items()}
+        file, tensors = PEFT, {spec.peft_prefix + key: t for key, t in spec.peft_state(model, name).items()}
     elif format == "dovetail":
         file, tensors = NATIVE, state(model, name)
         config = {"dovetail": 1, "adapter": spec.to_dict()}
     else:
         raise ConfigError(f"no format {format!r}", remedy='use "peft" or "dovetail"')
     target = Path(path)
+    check_room(target)
     with files.atomic_folder(target) as scratch:
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
         files.write_weights(scratch, plain, dict.fromkeys(plain, WEIGHTS))
         files.write_json(scratch / file, config)
     return target
+
+
+def check_room(target: Path) -> None:
+    """Raises UserError for a folder that holds a model, whose weights saving an adapter there would replace."""
+    model = [name for name in files.CONFIGS if (target / name).exists()]
+    if model:
+        raise UserError(
+            f"a model stands in this folder ({model[0]}), and an adapter would take its place",
+            where=str(target),
+            remedy="choose a folder of its own for the adapter",
+        )
 
 
 def load_adapter(model: Any, path: str | Path, *, name: str = "default") -> Any:
@@ -57,12 +71,17 @@ def load_adapter(model: Any, path: str | Path, *, name: str = "default") -> Any:
     """
     folder = Path(path)
     spec, stored = read(folder)
+    before = many.active(model)
     many.adapt(model, spec, name=name)
     try:
-        places = spec.peft_tensors(model, name) if (folder / PEFT).exists() else state(model, name)
+        if (folder / PEFT).exists():
+            places, stored = spec.peft_tensors(model, name), _without_base(stored, model, str(folder))
+        else:
+            places = state(model, name)
         _copy(places, stored, str(folder), model)
     except Exception:
         many.remove(model, name)
+        many.use(model, *before)
         raise
     for key, parameter in model.named_parameters():
         if f".{ADAPTERS}.{name}." in f".{key}":
@@ -80,7 +99,7 @@ def read(folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
         raise CheckpointError(
             f"no {PEFT} or {NATIVE} here", where=str(folder), remedy="give the directory of an adapter"
         )
-    stored = {key.removeprefix(_PREFIX): t for key, t in stored.items()}
+    stored = {key.removeprefix(AdapterSpec.peft_prefix): t for key, t in stored.items()}
     config = PeftConfig(files.read_json(folder / PEFT), str(folder / PEFT), stored)
     wanted = config.take("peft_type")
     known: dict[str, list[type[Any]]] = {}
@@ -99,9 +118,10 @@ def read(folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
 
 
 def state(model: Any, name: str) -> dict[str, Tensor]:
-    """The parameters of one adapter by their own names, the adapter's name left out."""
+    """Parameters and buffers of one adapter by their own names, the adapter's name left out."""
     mark = f"{ADAPTERS}.{name}."
-    return {key.replace(mark, f"{ADAPTERS}."): p for key, p in model.named_parameters() if mark in key}
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {key.replace(mark, f"{ADAPTERS}."): t for key, t in held.items() if mark in key}
 
 
 @torch.no_grad()
@@ -119,6 +139,23 @@ def _copy(places: dict[str, Tensor], stored: dict[str, Tensor], where: str, mode
                 f"{key} is {tuple(stored[key].shape)}, and the model has {tuple(place.shape)} there", where=where
             )
         place.copy_(stored[key])
+
+
+def _without_base(stored: dict[str, Tensor], model: Any, where: str) -> dict[str, Tensor]:
+    """Without the tables and heads that PEFT saves along, which must be those of the model."""
+    mark = ".base_layer.weight"
+    bases = {key: t for key, t in stored.items() if key.endswith(mark)}
+    at = {piece.stored: piece for piece in pieces(model)[0]} if bases else {}
+    for key, saved in bases.items():
+        piece = at.get(key.replace(mark, ".weight"))
+        if piece is not None:
+            own = model.get_parameter(piece.ours)[piece.start : piece.stop]
+            if own.shape == saved.shape and torch.equal(own.cpu(), saved.to(own.dtype)):
+                continue
+        raise CheckpointError(
+            f"{key} is not the model's own weight", where=where, remedy="load the model that the adapter was trained on"
+        )
+    return {key: t for key, t in stored.items() if key not in bases}
 
 
 def _one(model: Any, name: str | None) -> str:

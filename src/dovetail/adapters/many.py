@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dovetail.adapters.base import AdapterSpec
 from dovetail.errors import BuildError, SpecError, UserError, did_you_mean
@@ -29,12 +29,14 @@ def adapt(model: Any, adapter: AdapterSpec | Mapping[str, Any] | str, *, name: s
     if not name or "." in name:
         raise SpecError(f"{name!r} cannot name an adapter", remedy="use letters, digits, - and _")
     _not_merged(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    learning = list(trainable(model).values())
+    model.requires_grad_(False)
     try:
         spec.attach(model, name, seed)
     except Exception:
         spec.detach(model, name)
+        for parameter in learning:
+            parameter.requires_grad_(True)
         raise
     model.adapters_held = {**held, name: spec}
     use(model, *active(model), name)
@@ -103,6 +105,9 @@ def remove(model: Any, name: str = "default") -> Any:
     """Takes an adapter off; with the last one gone the model is as it was, frozen. Returns the model."""
     _known(model, [name])
     _not_merged(model)
+    for other, spec in adapters(model).items():
+        if name in spec.needs:
+            raise UserError(f"the adapter {other!r} stands on {name!r}", remedy=f"remove {other!r} first")
     adapters(model)[name].detach(model, name)
     model.adapters_held = {n: spec for n, spec in adapters(model).items() if n != name}
     use(model, *(n for n in active(model) if n != name))
@@ -158,8 +163,18 @@ def unmerge(model: Any) -> Any:
 
 
 def merge_and_forget(model: Any) -> Any:
-    """`merge`, and the adapters and what was kept are gone: a plain model, ready to be saved. Returns the model."""
+    """`merge`, and the adapters and what was kept are gone: a plain model, ready to be saved. Returns the model.
+
+    Raises BuildError, the adapters still there, where a map got a bias for which the model's spec has no words.
+    """
     merge(model)
+    new = [path for path, kept in model.merged_over.items() if kept[1] is None and _bias(model, path) is not None]
+    if new:
+        unmerge(model)
+        raise BuildError(
+            f"merging gives {new[0]} a bias, and the model's spec says that it has none",
+            remedy="keep the adapter beside the model: save_adapter, load_adapter; merge alone runs at full speed",
+        )
     del model.merged_over
     for name in list(adapters(model)):
         adapters(model)[name].detach(model, name)
@@ -172,9 +187,34 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def penalty(model: Any) -> Tensor | None:
+    """What the active adapters add to the loss of a step, or None."""
+    held = adapters(model)
+    shares = [share for name in active(model) if (share := held[name].penalty(model, name)) is not None]
+    return torch.stack(shares).sum() if shares else None
+
+
+def after_backward(model: Any, step: int, steps: int) -> None:
+    """Tells the active adapters that optimiser step `step` (from 1) of `steps` is done; gradients are still there."""
+    held = adapters(model)
+    for name in active(model):
+        held[name].after_backward(model, name, step, steps)
+
+
+def learned(model: Any) -> dict[str, Tensor]:
+    """All that training changes, by name: trainable parameters, and what adapters keep beside theirs."""
+    state = model.state_dict(keep_vars=True)
+    chosen = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: t for name, t in state.items() if name in chosen or (of_adapter(name) and not _is_parameter(t))}
+
+
 def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Name -> parameter of the model without its adapters."""
     return {name: p for name, p in model.named_parameters() if not of_adapter(name)}
+
+
+def _bias(model: Any, path: str) -> Tensor | None:
+    return getattr(model.get_submodule(path), "bias", None)
 
 
 def _known(model: Any, names: Sequence[str]) -> None:
@@ -200,3 +240,7 @@ def _all_mergeable(model: Any) -> None:
                 f"the {specs[name].kind} adapter {name!r} is not a change of weights and cannot be merged",
                 remedy="keep it beside the model: save_adapter, load_adapter",
             )
+
+
+def _is_parameter(t: Tensor) -> bool:
+    return isinstance(t, nn.Parameter)

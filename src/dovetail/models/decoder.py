@@ -16,6 +16,7 @@ from dovetail.parts.init import Normal
 from dovetail.parts.outputs import Outputs
 from dovetail.parts.position.base import position_axes
 from dovetail.parts.state import Room, State
+from dovetail.parts.virtual import Front, Tokens
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import EmbeddingPart, HeadPart, InitPart
 from dovetail.spec.ranges import Count
@@ -55,6 +56,7 @@ class DecoderModule(StackModule):
             )
         self.head_part = slot.build(spec.head, "head", dim=spec.streams * spec.dim, dim_out=spec.vocab)
         self.axes = position_axes(self)
+        self.front = Front()
 
     def forward(  # type: ignore[override]
         self,
@@ -85,24 +87,21 @@ class DecoderModule(StackModule):
         if state is not None:
             state.check_batch(batch)
         counted = positions is None and attention_mask is None and segments is None and state is None
-        if counted and self.position.limit is not None and length > self.position.limit:
+        most = length + self.front.vectors + self.front.held
+        if counted and self.position.limit is not None and most > self.position.limit:
             raise DataError(  # known from the shape, so that a GPU is not asked (its lookup would end the process)
-                f"rows of {length} tokens, and position {length - 1} is beyond the learned table of {self.position.limit}",
+                f"rows of {most} tokens, and position {most - 1} is beyond the learned table of {self.position.limit}",
                 remedy=f"give at most {self.position.limit} tokens a row, or a model with a larger context",
             )
-        ctx = Context.of(
-            batch,
-            length,
-            tokens.device,
-            attention_mask=attention_mask,
-            positions=positions,
-            segments=segments,
-            start=0 if state is None else state.start(),
-        )
+        read = Tokens(self.embedding(tokens), attention_mask, positions, segments)
+        if state is None or not state.begun:
+            read = self.front.precede(read)
+        start = 0 if state is None else state.start()
+        ctx = self.front.behind(Context.of(batch, read.x.shape[1], tokens.device, **read.beside, start=start), batch)
         if state is not None:
             state.advance(ctx)
-        x = self.embed(self.embedding(tokens), ctx)
-        h = self.run(x, ctx, None if state is None else state.layers)
+            state.begin(read.ahead)
+        h = read.own(self.run(self.embed(read.x, ctx), ctx, None if state is None else state.layers))
         return Outputs(logits=self.head(h) if logits else None, last_hidden_state=h)
 
     def head(self, h: Tensor) -> Tensor:
@@ -112,5 +111,5 @@ class DecoderModule(StackModule):
     def new_state(self, batch: int, capacity: int, dtype: torch.dtype | None = None) -> State:
         """An empty memory for `batch` rows of at most `capacity` tokens each."""
         weight: Any = next(self.parameters())
-        room = Room(batch, capacity, weight.device, dtype or weight.dtype, self.axes)
-        return State(self.new_layers(room), room)
+        room = Room(batch, capacity + self.front.vectors, weight.device, dtype or weight.dtype, self.axes)
+        return State(self.new_layers(room, self.front.held), room)

@@ -18,6 +18,7 @@ from dovetail.parts.outputs import Outputs
 from dovetail.parts.position.base import NoPosition, position_axes
 from dovetail.parts.recurrent.bridge import Flowing, HandedOver, check_bridge
 from dovetail.parts.state import Room, State
+from dovetail.parts.virtual import Front, Tokens
 from dovetail.spec import Ref, Slot, Spec, register
 from dovetail.spec.categories import ContainerPart, EmbeddingPart, HeadPart, InitPart
 from dovetail.spec.ranges import Count
@@ -89,6 +90,7 @@ class EncoderDecoderModule(nn.Module):
             check_bridge(self.encoder, self.decoder, looks_back)
         self.head_part = slot.build(spec.head, "head", dim_out=target)
         self.logits_bias = LogitsBias(target) if spec.logits_bias else None
+        self.encoder_front, self.decoder_front = Front(), Front()
 
     def forward(
         self,
@@ -105,12 +107,13 @@ class EncoderDecoderModule(nn.Module):
 
         The masks, (B,S) and (B,T), are nonzero where a token is real. state: remembers both sides for decoding on.
         """
-        memory, segments, start = self._encode(tokens, attention_mask, state)
-        return self._decode(decoder_tokens, decoder_attention_mask, memory, segments, start, state, logits)
+        memory, own, segments, start = self._encode(tokens, attention_mask, state)
+        out = self._decode(decoder_tokens, decoder_attention_mask, memory, segments, start, state, logits)
+        return replace(out, encoder_last_hidden_state=own)
 
     def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, *, state: State | None = None) -> Tensor:
         """tokens (B,S) -> encoder output (B,S,C). state: its cross part is filled, so that `decode` can begin."""
-        return self._encode(tokens, attention_mask, state)[0]
+        return self._encode(tokens, attention_mask, state)[1]
 
     def decode(
         self,
@@ -128,10 +131,14 @@ class EncoderDecoderModule(nn.Module):
 
     def _encode(
         self, tokens: Tensor, attention_mask: Tensor | None, state: State | None
-    ) -> tuple[Tensor, Tensor | None, list[dict[str, Any]] | None]:
-        """Encoder output, its segments, and what the decoder's layers start from (None: from zero)."""
-        ctx = self._context(tokens, attention_mask, 0)
-        x = self.encoder.embed(self.embedding(tokens), ctx)
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[dict[str, Any]] | None]:
+        """Encoder output with virtual tokens and of the given ones alone, its segments, and what the decoder's layers
+        start from (None: from zero)."""
+        _check_shape(tokens)
+        read = self.encoder_front.precede(Tokens(self.embedding(tokens), attention_mask))
+        batch, length = read.x.shape[:2]
+        ctx = self.encoder_front.behind(Context.of(batch, length, tokens.device, **read.beside), batch)
+        x = self.encoder.embed(read.x, ctx)
         flows = self._flows(x) if self.bridge is not None else None
         memory = self.encoder.run(x, ctx, None if flows is None else [{"mixer": flow} for flow in flows])
         if state is not None:
@@ -142,7 +149,8 @@ class EncoderDecoderModule(nn.Module):
                     layer["mixer"].update(**flows[i].end)
             for part in state.extra.values():
                 part.done = True
-        return memory, ctx.segments, None if flows is None else [{"mixer": Flowing(flow.end)} for flow in flows]
+        begin = None if flows is None else [{"mixer": Flowing(flow.end)} for flow in flows]
+        return memory, read.own(memory), ctx.segments, begin
 
     def _flows(self, x: Tensor) -> list[Flowing]:
         """Zeros to start the encoder's recurrences from, for x (B,S,C)."""
@@ -159,7 +167,11 @@ class EncoderDecoderModule(nn.Module):
         state: State | None,
         logits: bool,
     ) -> Outputs:
-        ctx = self._context(tokens, mask, 0 if state is None else state.start()).with_memory(memory, segments)
+        _check_shape(tokens)
+        batch, length = tokens.shape
+        before = 0 if state is None else state.start()
+        ctx = Context.of(batch, length, tokens.device, attention_mask=mask, start=before)
+        ctx = self.decoder_front.behind(ctx, batch).with_memory(memory, segments)
         if state is not None:
             state.check_batch(tokens.shape[0])
             for part in state.extra.values():
@@ -168,14 +180,7 @@ class EncoderDecoderModule(nn.Module):
         x = self.decoder.embed(self.decoder_embedding(tokens), ctx)
         h = self.decoder.run(x, ctx, start if state is None else state.layers)
         scores = self.head(h) if logits else None
-        return Outputs(logits=scores, last_hidden_state=h, encoder_last_hidden_state=memory)
-
-    @staticmethod
-    def _context(tokens: Tensor, mask: Tensor | None, start: Tensor | int) -> Context:
-        if tokens.dim() != 2:
-            raise DataError(f"tokens have shape {tuple(tokens.shape)}", remedy="give (batch, length)")
-        batch, length = tokens.shape
-        return Context.of(batch, length, tokens.device, attention_mask=mask, start=start)
+        return Outputs(logits=scores, last_hidden_state=h)
 
     def head(self, h: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
@@ -187,4 +192,9 @@ class EncoderDecoderModule(nn.Module):
         weight: Any = next(self.parameters())
         room = Room(batch, capacity, weight.device, dtype or weight.dtype, position_axes(self.decoder))
         extra = None if self.bridge is None else {"bridge": HandedOver()}
-        return State(self.decoder.new_layers(room), room, extra)
+        return State(self.decoder.new_layers(room, self.decoder_front.held), room, extra)
+
+
+def _check_shape(tokens: Tensor) -> None:
+    if tokens.dim() != 2:
+        raise DataError(f"tokens have shape {tuple(tokens.shape)}", remedy="give (batch, length)")

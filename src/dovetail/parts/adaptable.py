@@ -55,7 +55,7 @@ class Adaptable(nn.Module):
         held: Any = self._modules[ADAPTERS]
         if name in held:
             raise BuildError(f"an adapter {name!r} stands here already", remedy="give the new one another name")
-        held[name] = adapter
+        held[name] = adapter.train(self.training)
 
     def detach(self, name: str) -> None:
         """Takes an adapter away, and the room for them with the last."""
@@ -85,8 +85,18 @@ class Adaptable(nn.Module):
             raise RunError(
                 "rows routed to different adapters share one weight here", remedy="run the rows of each adapter apart"
             )
-        for name in self.active:
-            weight, bias = self.attached()[name].merged(weight, bias)
+        return self._merged(self.active, weight, bias)
+
+    def times(self, x: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """product(x, weight) with all that is active, or that x's rows are routed to, merged into the weight."""
+        if not self.routes:
+            return product(x, self._merged(self.active, weight, None)[0])
+        return self._by_rows(x, lambda names, rows: product(x[rows], self._merged(names, weight, None)[0]))
+
+    def _merged(self, names: tuple[str, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        held: Any = self._modules[ADAPTERS] if names else {}
+        for name in names:
+            weight, bias = held[name].merged(weight, bias)
         return weight, bias
 
     def _through(self, names: tuple[str, ...], run: Run, x: Tensor) -> Tensor:
@@ -120,7 +130,7 @@ class Branch(Adaptable):
 
     @property
     def adapted(self) -> bool:
-        return not self.dropped and super().adapted
+        return bool(self.active or self.routes) and not self.dropped  # (torch 2.11 does not trace super()'s properties)
 
     def around(self, run: Run, x: Tensor) -> Tensor:
         y = run(x)
@@ -130,12 +140,12 @@ class Branch(Adaptable):
 
 
 def adaptables(model: nn.Module) -> Iterator[tuple[str, Adaptable]]:
-    """(path, place) of every place of a model."""
+    """(path, place) of every place of a model, those inside its adapters left out."""
     for path, module in model.named_modules():
-        if isinstance(module, Adaptable):
+        if isinstance(module, Adaptable) and not of_adapter(path):
             yield path, module
 
 
 def of_adapter(parameter: str) -> bool:
-    """Whether a parameter's name is that of an adapter's."""
+    """Whether the name of a parameter or module is that of an adapter's."""
     return ADAPTERS in parameter.split(".")

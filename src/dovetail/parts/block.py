@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
+from dovetail.parts.adaptable import Branch
 from dovetail.parts.attention.softmax import Attention
 from dovetail.parts.context import Context
 from dovetail.parts.feedforward.glu import Glu
@@ -59,6 +60,8 @@ class BlockModule(Drops):
             for prefix in self.norms:
                 if getattr(self, branch) is not None:
                     self.add_module(f"{prefix}_{branch}", inner.build(spec.norm, f"{prefix}_{branch}"))
+        built = [branch for branch in ("mixer", "cross", "feedforward") if getattr(self, branch) is not None]
+        self.places = nn.ModuleDict({branch: Branch(slot.dim) for branch in built})
         self.drop = spec.dropout
 
     def new_state(self, room: Room) -> dict[str, Any]:
@@ -75,13 +78,18 @@ class BlockModule(Drops):
     def forward(self, x: Tensor, ctx: Context, state: dict[str, Any] | None = None) -> Tensor:
         """(B,T,C) -> (B,T,C)."""
         own, other = (None, None) if state is None else (state["mixer"], state.get("cross"))
-        x = self.join(x, "mixer", lambda h: self.mixer(h, ctx, own))
+        x = self.join(x, "mixer", lambda h: self.branch("mixer", h, ctx, own))
         if self.cross is not None:
-            cross = self.cross
-            x = self.join(x, "cross", lambda h: cross(h, ctx, other))
+            x = self.join(x, "cross", lambda h: self.branch("cross", h, ctx, other))
         if self.feedforward is not None:
-            x = self.join(x, "feedforward", self.feedforward)
+            x = self.join(x, "feedforward", lambda h: self.branch("feedforward", h))
         return x
+
+    def branch(self, name: str, x: Tensor, *rest: Any) -> Tensor:
+        """What a branch gives for x (B,T,C), through the adapters that stand around it."""
+        run: Any = getattr(self, name)
+        place: Any = self.places[name]
+        return place.around(lambda h: run(h, *rest), x) if place.adapted else run(x, *rest)
 
     def normed(self, branch: str, x: Tensor, which: str = "norm") -> Tensor:
         """x through one of a branch's norms."""
@@ -163,11 +171,11 @@ class ParallelModule(BlockModule):
 
     def forward(self, x: Tensor, ctx: Context, state: dict[str, Any] | None = None) -> Tensor:
         own, other = (None, None) if state is None else (state["mixer"], state.get("cross"))
-        out = x + self.dropout(self.mixer(self.normed("mixer", x), ctx, own))
+        out = x + self.dropout(self.branch("mixer", self.normed("mixer", x), ctx, own))
         if self.cross is not None:
-            out = out + self.dropout(self.cross(self.normed("cross", x), ctx, other))
+            out = out + self.dropout(self.branch("cross", self.normed("cross", x), ctx, other))
         if self.feedforward is not None:
-            out = out + self.dropout(self.feedforward(self.normed("feedforward", x)))
+            out = out + self.dropout(self.branch("feedforward", self.normed("feedforward", x)))
         return out
 
 

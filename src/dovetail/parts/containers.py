@@ -81,6 +81,8 @@ class StackModule(Drops):
             self.blocks.append(slot.build(block, f"blocks.{i}", layer=i, depth=spec.depth))
         self.norm = None if spec.norm is None else slot.build(spec.norm, "norm", dim=spec.streams * slot.dim)
         self.checkpointing = False
+        specs = [block.spec for block in self.blocks]
+        self.first = tuple(i for i, spec in enumerate(specs) if spec not in specs[:i])  # of every sort of block
 
     def embed(self, x: Tensor, ctx: Context) -> Tensor:
         """Token vectors (B,T,C) with position, norm and dropout."""
@@ -95,9 +97,16 @@ class StackModule(Drops):
             if layers is None:
                 x = run_reversible(list(self.blocks), x, ctx)
                 return x if self.norm is None else self.norm(x)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        if again and torch.compiler.is_compiling():
+            # Nothing that is checkpointed may fill the context's tables under a compiler: one block of every sort is
+            # traced for that alone, and the rest of it is dead code.
+            with torch.no_grad():
+                for i in self.first:
+                    self.blocks[i](x, ctx, None if layers is None else layers[i])
         for i, block in enumerate(self.blocks):
             layer = None if layers is None else layers[i]
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if again:
                 x = checkpoint(block, x, ctx, layer, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, ctx, layer)
@@ -107,13 +116,16 @@ class StackModule(Drops):
         """Token vectors (B,T,C) -> hidden states (B,T,streams·C)."""
         return self.run(self.embed(x, ctx), ctx, None if state is None else state.layers)
 
-    def new_layers(self, room: Room) -> list[dict[str, Any]]:
-        """Fresh layer states. Raises BuildError for a mixer that cannot decode, or room beyond the position table."""
+    def new_layers(self, room: Room, held: int = 0) -> list[dict[str, Any]]:
+        """Fresh layer states. held: positions that a prefix takes before the tokens.
+
+        Raises BuildError for a mixer that cannot decode, or room beyond the position table.
+        """
         limit = self.position.limit
-        if limit is not None and room.capacity > limit:
+        if limit is not None and room.capacity + held > limit:
             raise BuildError(
-                f"a state of {room.capacity} tokens, and the learned position table ends at {limit}",
-                remedy=f"give a capacity of at most {limit}",
+                f"a state of {room.capacity + held} tokens, and the learned position table ends at {limit}",
+                remedy=f"give a capacity of at most {limit}" + (", virtual tokens counted" if held else ""),
             )
         layers = []
         for i, block in enumerate(self.blocks):

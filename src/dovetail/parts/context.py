@@ -67,7 +67,7 @@ class Context:
         plain = attention_mask is None and segments is None
         begins = isinstance(start, int) and start == 0
         if segments is not None:
-            order, segments = _documents(segments, attention_mask)
+            order, segments = documents(segments, attention_mask)
         elif attention_mask is not None:
             real = attention_mask.to(torch.bool)
             segments = torch.where(real, 0, -1)
@@ -154,7 +154,7 @@ class Context:
         return self.grid
 
 
-def _documents(segments: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def documents(segments: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(order, segments) of rows (B,T) whose documents are runs of one number, and where numbers may come again.
 
     mask: nonzero where a token is real; hiding a document does not join its neighbours. order: real tokens of the same

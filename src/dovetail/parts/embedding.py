@@ -41,7 +41,7 @@ class TokenEmbeddingModule(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(B,T,C) -> (B,T,V) by the same rows: what a tied head does."""
-        return linear(h, self.table.matrix())
+        return self.table.times(h, self.table.weight, linear)
 
 
 @register("head", "linear", oracle="torch.nn.Linear", source="Vaswani et al. 2017, section 3.4")

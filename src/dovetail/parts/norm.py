@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.weights import Rng
 from dovetail.spec import Slot, Spec, register
 
@@ -62,7 +63,7 @@ class LayerNorm(Spec):
         return LayerNormModule(self, slot.dim)
 
 
-class LayerNormModule(nn.LayerNorm):
+class LayerNormModule(Adaptable, nn.LayerNorm):
     def __init__(self, spec: LayerNorm, dim: int):
         super().__init__(dim, eps=spec.eps, elementwise_affine=spec.affine, bias=spec.bias)
 
@@ -71,6 +72,13 @@ class LayerNormModule(nn.LayerNorm):
 
     def reset_parameters(self) -> None:
         """Nothing: `initialise` draws the start once the model stands."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.around(self.plain, x) if self.adapted else self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The norm without adapters."""
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 @register("norm", "none", oracle="formula: x", source="identity")

@@ -53,11 +53,10 @@ class ReversibleModule(BlockModule):
         return torch.cat([a, b + self.feed(a)], -1)
 
     def mix(self, b: Tensor, ctx: Context, state: Any = None) -> Tensor:
-        return self.dropout(self.mixer(self.norm_mixer(b), ctx, state))
+        return self.dropout(self.branch("mixer", self.norm_mixer(b), ctx, state))
 
     def feed(self, a: Tensor) -> Tensor:
-        assert self.feedforward is not None
-        return self.dropout(self.feedforward(self.norm_feedforward(a)))
+        return self.dropout(self.branch("feedforward", self.norm_feedforward(a)))
 
 
 def run_reversible(blocks: Sequence[nn.Module], x: Tensor, ctx: Context) -> Tensor:

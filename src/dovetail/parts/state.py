@@ -274,6 +274,8 @@ class State:
         self.extra = extra or {}
         self.length = torch.zeros(room.batch, dtype=torch.long, device=room.device)
         self.count: int | None = 0  # tokens in every row, when all agree
+        self.begun = False  # whether the virtual tokens before the rows have entered, if there are any
+        self.ahead: int | None = 0  # how many they are; None when rows differ
 
     def start(self) -> Tensor | int:
         """Tokens seen so far: an int when all rows agree, else (B,)."""
@@ -286,6 +288,11 @@ class State:
         T = ctx.order.shape[1]
         self.length = self.length + (T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
         self.count = self.count + T if self.count is not None and ctx.segments is None else None
+
+    def begin(self, ahead: int | None) -> None:
+        """The first forward has brought `ahead` virtual tokens (None: rows differ); later ones bring none."""
+        if not self.begun:
+            self.begun, self.ahead = True, ahead
 
     def check_batch(self, batch: int) -> None:
         """Raises RunError for tokens of another number of rows."""
@@ -303,9 +310,18 @@ class State:
         self.room.batch = indices.shape[0]
 
     def truncate(self, length: int) -> None:
-        """Forgets every token from number `length` on. Raises RunError, and forgets nothing, where that is impossible."""
+        """Forgets every token from number `length` on, virtual ones not counted and never forgotten.
+
+        Raises RunError, and forgets nothing, where that is impossible.
+        """
         if length < 0:
             raise RunError(f"a state cannot be truncated to {length} tokens", remedy="give 0 or more")
+        if self.ahead is None:
+            raise RunError(
+                "a state whose rows begin with different numbers of virtual tokens cannot be truncated",
+                remedy="take a snapshot() before the step and restore it",
+            )
+        length += self.ahead
         for timeline in self.room.timelines.values():
             timeline.check_truncate()
         self._each(lambda part: part.truncate(length))
@@ -329,6 +345,7 @@ class State:
         layers = [{name: copy(part) for name, part in layer.items()} for layer in self.layers]
         state = State(layers, room, {name: copy(part) for name, part in self.extra.items()})
         state.length, state.count = self.length.clone(), self.count
+        state.begun, state.ahead = self.begun, self.ahead
         return state
 
     def nbytes(self) -> int:

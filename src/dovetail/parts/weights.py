@@ -38,7 +38,7 @@ class Linear(Adaptable, nn.Linear):
     initialised as if they were apart. `stored`: where the weight is kept in codes instead (then `weight` is None).
     """
 
-    stored: Stored | None = None
+    stored: Stored | None  # no class attribute: it would hide the submodule
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Linear(Adaptable, nn.Linear):
         parts: Sequence[tuple[str, int]] | None = None,
     ):
         super().__init__(dim_in, dim_out, bias=bias)
-        self.slot, self.parts = slot, tuple(parts or ((role, dim_out),))
+        self.slot, self.parts, self.stored = slot, tuple(parts or ((role, dim_out),)), None
         first, width = self.parts[0]
         self.multiplier = 1.0 if slot.init is None else slot.init.multiplier(first, dim_in, width)
 

@@ -24,3 +24,4 @@ CorpusPart = Annotated[Spec, Part("corpus")]  # texts to train on or to score
 ObjectivePart = Annotated[Spec, Part("objective")]  # what is minimised
 StoragePart = Annotated[Spec, Part("storage")]  # how a frozen weight is kept
 AdapterPart = Annotated[Spec, Part("adapter")]  # what a trained model is changed by
+LoraInitPart = Annotated[Spec, Part("lora_init")]  # how the thin matrices of an adapter start

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dovetail.kernels.attention import bands, flex, reference, regions, sdpa
-from dovetail.kernels.attention.coords import Both, BoundMask, Coords, Rule, Side
+from dovetail.kernels.attention.coords import Ahead, Both, BoundMask, Coords, Rule, Side
 from dovetail.kernels.attention.plan import Plan, plan
 from dovetail.kernels.attention.reference import Region
 from dovetail.kernels.attention.regions import merge
@@ -61,6 +61,6 @@ def _scale(q: Tensor, score: Score | None, scale: float | None) -> float:
 
 
 __all__ = [
-    "Both", "BoundMask", "Content", "Coords", "Plan", "Region", "Rule", "Score", "Side", "Toeplitz", "attend", "attend_lse",
+    "Ahead", "Both", "BoundMask", "Content", "Coords", "Plan", "Region", "Rule", "Score", "Side", "Toeplitz", "attend", "attend_lse",
     "attend_regions", "merge", "plan", "reference",
 ]  # fmt: skip

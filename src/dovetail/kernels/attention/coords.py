@@ -81,6 +81,28 @@ class Both:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Keys of negative order, which every query sees unless their segment is negative, and `rule` for the others.
+
+    missing: a static fact, whether some of them have a negative segment.
+    """
+
+    rule: Rule
+    missing: bool = False
+
+    def allowed(self, q: Side, k: Side) -> Tensor:
+        ahead = k.order < 0
+        seen = ahead & (k.segments >= 0) if self.missing and k.segments is not None else ahead
+        return seen | (~ahead & self.rule.allowed(q, k))
+
+    def is_full(self) -> bool:
+        return not self.missing and self.rule.is_full()
+
+    def is_causal(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class BoundMask:
     """A rule over coordinates. Built once a forward and shared by the layers that use it."""
 

@@ -9,12 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Coords, Plan, Score, Side, Toeplitz, attend, attend_regions, plan
+from dovetail.kernels.attention import (
+    Ahead,
+    BoundMask,
+    Coords,
+    Plan,
+    Region,
+    Score,
+    Side,
+    Toeplitz,
+    attend,
+    attend_regions,
+    plan,
+)
+from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.mask import Causal, Full, Mask, Padding, interned, narrowed
 from dovetail.parts.position.base import PositionModule, check_hooks
+from dovetail.parts.position.prefix import prefix_region
 from dovetail.parts.position.rotary import Rope
 from dovetail.parts.state import CrossState, KVState, Room
+from dovetail.parts.virtual import Rows, rows_of
 from dovetail.parts.weights import Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MaskPart, NormPart, PositionPart
@@ -62,7 +77,9 @@ class Attention(Spec):
         return heads, self.kv_heads or heads, width, self.value_dim or width
 
 
-class AttentionModule(nn.Module):
+class AttentionModule(Adaptable):
+    """The place of a prefix: adapters here are virtual tokens, whose keys and values stand before the others."""
+
     offers: ClassVar[frozenset[str]] = frozenset({"embed_qk", "rotate", "score", "regions"})
 
     def __init__(self, spec: Attention, slot: Slot):
@@ -229,18 +246,41 @@ class AttentionModule(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, q_raw: Tensor, k_raw: Tensor, rule: Mask, at: Coords, ctx: Context
     ) -> Tensor:
         mask = ctx.bind(rule, at)
+        apart = "regions" in self.position.hooks
+        prefix = rows_of(self, q.shape[0]) if self.adapted else None
+        if prefix is not None and not apart:
+            k, v, k_raw, mask = self._behind(prefix, k, v, k_raw, mask, ctx)
         qh, kh, vh = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         score = Score(cap=self.cap) if self.cap is not None else None
         if "score" in self.position.hooks:
-            score = self.position.score(q_raw, k_raw, at, ctx, self.project).merged(score)
-        if "regions" in self.position.hooks:
+            score = self.position.score(q_raw, k_raw, mask.at, ctx, self.project).merged(score)
+        if apart:
             parts = self.position.regions(qh, kh, vh, mask, score, ctx)
+            if prefix is not None:
+                parts = [self._region(prefix, qh, mask, ctx), *parts]
             scale = self.scale if score is None or score.scale is None else score.scale
             out = attend_regions(parts, qh, scale=scale)
         else:
             out = attend(qh, kh, vh, mask=mask, score=score, scale=self.scale, dropout=dropout)
         return self.out(out.transpose(1, 2).flatten(-2))
+
+    def _behind(
+        self, prefix: Rows, k: Tensor, v: Tensor, k_raw: Tensor, mask: BoundMask, ctx: Context
+    ) -> tuple[Tensor, Tensor, Tensor, BoundMask]:
+        """k, v, k_raw (B,S,G,...) and mask with what adapters put before: cached tokens at positions 0, 1, ..., as they
+        are, that every query sees. One attention over all keys: faster than a region of its own, and the same."""
+        own_k, own_v = (t.to(k.dtype).expand(k.shape[0], -1, -1, -1) for t in prefix.tensors)
+        joined = ctx.once(("behind", prefix.counts, id(mask)), lambda: _ahead(prefix, mask))
+        same = k_raw is k
+        k = torch.cat([own_k, k], 1)
+        return k, torch.cat([own_v, v], 1), k if same else torch.cat([own_k, k_raw], 1), joined
+
+    def _region(self, prefix: Rows, q: Tensor, mask: BoundMask, ctx: Context) -> Region:
+        """What adapters put before keys that a position splits into regions: one more, without its terms."""
+        k, v = prefix.tensors
+        ahead = ctx.once(("ahead", prefix.counts, id(mask)), lambda: _ahead(prefix, mask, alone=True))
+        return prefix_region(k, v, q, ahead, None if self.cap is None else Score(cap=self.cap))
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would run each use of this layer on `device`, and why."""
@@ -253,6 +293,8 @@ class AttentionModule(nn.Module):
             if "regions" in self.position.hooks:
                 return Plan("regions", "the position splits the keys into regions: merged attentions")
             mask, dtype = ctx.bind(rule), self.out.dtype
+            prefix = rows_of(self, 1) if self.active else None
+            mask = mask if prefix is None else _ahead(prefix, mask)
             return plan(device=device, dtype=dtype, queries=queries, mask=mask, score=score, dropout=self.dropout)
 
         plain = Context.of(1, length, meta)
@@ -276,3 +318,29 @@ def _memory_coords(ctx: Context, length: int, segments: Tensor | None) -> Coords
     order = torch.arange(length, device=ctx.order.device)[None]
     positions = order[..., None] if ctx.memory_positions is None else ctx.memory_positions
     return Coords(Side(ctx.order, None, ctx.positions), Side(order, segments, positions))
+
+
+def _ahead(prefix: Rows, mask: BoundMask, alone: bool = False) -> BoundMask:
+    """`mask` over keys that begin with a prefix; alone: over the prefix only."""
+    q, k, there = mask.at.q, mask.at.k, prefix.there
+    count = prefix.tensors[0].shape[1]
+    order = torch.arange(count, device=k.order.device)[None]
+    segments = None if there is None else torch.where(there, 0, -1)
+    axes = 1 if k.positions is None else k.positions.shape[-1]
+    side = Side(order - count, segments, order[..., None].expand(-1, -1, axes))
+    rule = Ahead(mask.rule, there is not None)
+    return BoundMask(rule, Coords(q, side if alone else _joined(side, k)))
+
+
+def _joined(a: Side, b: Side) -> Side:
+    """The tokens of both sides, in that order."""
+
+    def cat(x: Tensor, y: Tensor) -> Tensor:
+        rows = max(x.shape[0], y.shape[0])
+        return torch.cat([t.expand(rows, *t.shape[1:]) for t in (x, y)], 1)
+
+    segments = None
+    if a.segments is not None or b.segments is not None:
+        segments = cat(*(torch.zeros_like(s.order) if s.segments is None else s.segments for s in (a, b)))
+    positions = None if a.positions is None or b.positions is None else cat(a.positions, b.positions)
+    return Side(cat(a.order, b.order), segments, positions)

@@ -36,6 +36,12 @@ class Prefix(Spec):
         return PrefixModule(self, slot)
 
 
+def prefix_region(k: Tensor, v: Tensor, q: Tensor, mask: BoundMask | None, score: Score | None) -> Region:
+    """Keys (B|1,P,G,D) and values (B|1,P,G,Dv) as a region for queries (B,H,T,D)."""
+    keys, values = (t.transpose(1, 2).expand(q.shape[0], -1, -1, -1).to(q.dtype) for t in (k, v))
+    return Region(keys, values, mask, score)
+
+
 class PrefixModule(PositionModule):
     """k (P,G·D) and v (P,G·Dv) are a region of their own, before the regions of the position inside."""
 
@@ -69,11 +75,8 @@ class PrefixModule(PositionModule):
     ) -> list[Region]:
         own = None if score is None or score.cap is None else Score(cap=score.cap)
 
-        def rows(table: Tensor) -> Tensor:
-            return table.unflatten(-1, (self.heads, -1)).transpose(0, 1).expand(q.shape[0], -1, -1, -1).to(k.dtype)
-
-        keys, values = rows(self.k), rows(self.v)
-        return [Region(keys, values, None, own), *self.position.regions(q, k, v, mask, score, ctx)]
+        keys, values = (table.unflatten(-1, (self.heads, -1))[None] for table in (self.k, self.v))
+        return [prefix_region(keys, values, q, None, own), *self.position.regions(q, k, v, mask, score, ctx)]
 
     def _moved(self, at: Coords, ctx: Context) -> Coords:
         def behind(side: Side) -> Side:
