@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.app import app
@@ -25,22 +26,22 @@ def list_parts(
     as_json: Json = False,
 ) -> None:
     """What there is: every registered part by category."""
-    import dovetail  # noqa: F401  (registers the parts)
+    from dovetail import adapters, data, objectives  # noqa: F401  (they register their kinds, as the parts do)
     from dovetail.spec import entries, kinds
 
     if category is not None:
         kinds(category)
     rows = [e for e in entries() if category in (None, e.category)]
     if as_json:
-        data: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         for e in rows:
             known = {"kind": e.kind, "source": e.source, "oracle": e.oracle, "decode": e.decode, **e.capabilities}
-            data.setdefault(e.category, []).append(known)
-        print(json.dumps(data, ensure_ascii=False))
+            found.setdefault(e.category, []).append(known)
+        print(json.dumps(found, ensure_ascii=False))
         return
     table = Table("category", "kind", "what", "source", box=None, header_style="bold")
     for e in rows:
-        table.add_row(e.category, e.kind, (e.cls.__doc__ or "").strip().splitlines()[0], e.source)
+        table.add_row(*map(escape, (e.category, e.kind, (e.cls.__doc__ or "").strip().splitlines()[0], e.source)))
     console.print(table)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dovetail.cli.adapt import _refuse, extracted
 from dovetail.cli.app import app
 from dovetail.cli.inspect import AllowKey, Dtype, Json, _device, _dtype, _read
 from dovetail.errors import UserError
@@ -90,7 +91,10 @@ def generate(
 @app.command()
 def swap(
     path: Annotated[str, typer.Argument(help="Directory of a model, or hub id.")],
-    changes: Annotated[list[str], typer.Argument(help="path=value ..., e.g. 'blocks.*.mixer.kv_heads=2'")],
+    changes: Annotated[
+        list[str],
+        typer.Argument(help="path=value ..., e.g. 'blocks.*.mixer.kv_heads=2'; with --extract, the tuned model."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Where the new model goes.")],
     text: Annotated[Path | None, typer.Option("--text", help="A text to measure before and after on.")] = None,
     heal: Annotated[
@@ -99,12 +103,36 @@ def swap(
     fresh: Annotated[
         list[str] | None, typer.Option("--fresh", help="Path of parts that start at random, e.g. 'blocks.*.mixer'.")
     ] = None,
-    format: Annotated[str, typer.Option(help='"hf" (the published layout) or "dovetail".')] = "",
+    extract: Annotated[
+        bool, typer.Option("--extract", help="BASE TUNED: what training changed, as a LoRA for the base.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="Of the extracted LoRA.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: the share of the squared norm it keeps, e.g. 0.9.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", help="What to extract (every linear map but the head unless given).")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help='"hf" (the published layout; PEFT\'s with --extract) or "dovetail".')
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
     as_json: Json = False,
     allow_key: AllowKey = None,
 ) -> None:
     """Put other parts into a model, carry the weights over, and report what it cost."""
+    if extract:
+        _refuse("--extract", [n for n, v in {"--text": text, "--heal": heal, "--fresh": fresh}.items() if v])
+        if len(changes) != 1:
+            raise UserError(f"{len(changes)} models beside the base", remedy="write --extract BASE TUNED")
+        extracted(
+            path, changes[0], out, rank=rank, energy=energy, targets=targets,
+            format=format, device=_device(device), allow=allow_key or [], as_json=as_json,
+        )  # fmt: skip
+        return
+    _refuse(
+        "a swap", [n for n, v in {"--rank": rank, "--energy": energy, "--target": targets}.items() if v is not None]
+    )
     from dovetail.errors import CheckpointError, ConfigError
     from dovetail.hub import load, load_tokenizer, save
     from dovetail.hub.remote import resolve

@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 CONFIGS = ("config.json", "params.json", "dovetail.json")
+ADAPTER_CONFIGS = ("adapter_config.json", "adapter.json")
 SHARD_BYTES = 5 * 10**9
 _PART, _OLD = ".part", ".old"  # an unfinished save beside its target; a target whose successor stands
 
@@ -257,7 +258,7 @@ def _keep(old: Path, target: Path) -> None:
 
 def _replaced(name: str) -> bool:
     """Is this a file that a save writes, so that an older one of its kind must not stay?"""
-    return name.endswith((".safetensors", ".safetensors.index.json")) or name in CONFIGS
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name in (*CONFIGS, *ADAPTER_CONFIGS)
 
 
 def _exchange(scratch: Path, target: Path) -> Path:

@@ -13,10 +13,13 @@ from dovetail.errors import CheckpointError, ConfigError
 from dovetail.hub import files
 from dovetail.hub.load import NATIVE, Origin
 from dovetail.hub.tokenizer import load_tokenizer
+from dovetail.models.build import build
 from dovetail.models.config import ConfigReader
 from dovetail.models.family import FAMILIES, Family
 from dovetail.models.keymap import Carried
 from dovetail.models.resolve import resolved
+from dovetail.parts.adaptable import of_adapter
+from dovetail.parts.weights import Linear
 from dovetail.spec import diff
 
 COMPANIONS = (
@@ -47,7 +50,15 @@ def save(
     target = Path(path)
     origin: Origin | None = getattr(model, "origin", None)
     ours = {name: parameter.data for name, parameter in model.named_parameters()}
+    _refuse_unsayable(model, ours)
     if format == "dovetail":
+        said = {name for name, _ in build(model.spec, weights=False).named_parameters()}
+        if ours.keys() != said:
+            other = sorted(ours.keys() ^ said)
+            raise CheckpointError(
+                f"the model has other weights than its spec says: {', '.join(other[:3])}",
+                remedy="a bias that an adapter brought cannot be said: keep the adapter beside the model",
+            )
         config: dict[str, Any] = {"dovetail": 1, "spec": model.spec.to_dict()}
         name, tensors = NATIVE, ours
     elif format == "hf":
@@ -80,6 +91,21 @@ def save(
             if source is not None and (source / companion).exists():
                 shutil.copyfile(source / companion, scratch / companion)
     return target
+
+
+def _refuse_unsayable(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Raises CheckpointError for adapters and quantised weights, which are no weights of any layout."""
+    if any(of_adapter(name) for name in tensors):
+        raise CheckpointError(
+            "adapters stand on this model, and a layout of models has no place for them",
+            remedy="save them by themselves (save_adapter), or merge_and_forget them first",
+        )
+    stored = [path for path, m in model.named_modules() if isinstance(m, Linear) and m.stored is not None]
+    if stored:
+        raise CheckpointError(
+            f"{len(stored)} weights are kept in codes ({stored[0]}), which this layout does not write",
+            remedy="save the model that they were made from, and its adapter beside it",
+        )
 
 
 def _with_dtype(config: dict[str, Any], tensors: dict[str, Tensor], carried: Carried) -> dict[str, Any]:

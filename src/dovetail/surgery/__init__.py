@@ -8,12 +8,13 @@ with an account that says of every part whether it is exact, approximate (with i
 from dovetail.surgery.depth import angular_distances, drop_blocks, grow_depth
 from dovetail.surgery.maps import Mapped, weight_map, whole_map
 from dovetail.surgery.pruning import magnitude_prune, prune_heads, prune_neurons
+from dovetail.surgery.storage import quantise
 from dovetail.surgery.transplant import Move, Transplant, transplant
 from dovetail.surgery.vocabulary import extend_vocabulary, trim_vocabulary
 from dovetail.surgery.whole import absorb_scales, fold_norms, tie, untie
 
 __all__ = [
     "Mapped", "Move", "Transplant", "absorb_scales", "angular_distances", "drop_blocks", "extend_vocabulary",
-    "fold_norms", "grow_depth", "magnitude_prune", "prune_heads", "prune_neurons", "tie", "transplant",
+    "fold_norms", "grow_depth", "magnitude_prune", "prune_heads", "prune_neurons", "quantise", "tie", "transplant",
     "trim_vocabulary", "untie", "weight_map", "whole_map",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Checkpoints of a run: everything that the next step depends on, put in place in one move.
 
-checkpoints/step-00000040/ holds the model in Dovetail's own layout (loadable by itself), optimizer.pt
+checkpoints/step-00000040/ holds the model in Dovetail's own layout (loadable by itself; under an adapter only what
+is trained, which resuming puts on the same base), optimizer.pt
 (tensors and plain numbers only: read with weights_only=True), state.json and, with EMA, ema.safetensors.
 It is written under a hidden name, synced, and renamed: a kill or a full disk leaves the last one intact.
 """
@@ -19,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dovetail import hub
+from dovetail.adapters import adapters
+from dovetail.adapters.many import learned
 from dovetail.errors import CheckpointError, RunError
 from dovetail.hub import files
 from dovetail.training.optim import Average
@@ -44,7 +47,11 @@ def save(
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(".*step-*"):  # what a kill left behind
             shutil.rmtree(stale)
-        hub.save(model, part, format="dovetail", tokenizer_from=out)
+        if adapters(model):
+            part.mkdir()
+            files.write_weights(part, learned(model))
+        else:
+            hub.save(model, part, format="dovetail", tokenizer_from=out)
         torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_tensors()}, part / "optimizer.pt")
         if average is not None:
             save_file({k: v.cpu().contiguous() for k, v in average.shadow.items()}, part / "ema.safetensors")
@@ -85,7 +92,7 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer, average:
     """Loads everything into a freshly made run; returns the state given to `save`. Raises CheckpointError."""
     state = read_state(folder)
     stored, _ = files.read_weights(folder)
-    _copy(dict(model.named_parameters()), stored, folder)
+    _copy(learned(model) if adapters(model) else dict(model.named_parameters()), stored, folder)
     try:
         saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])

@@ -13,6 +13,9 @@ import yaml
 from torch import Tensor
 
 from dovetail import hub
+from dovetail.adapters import adapters, save_adapter, trainable
+from dovetail.adapters.files import check_room
+from dovetail.adapters.many import after_backward, penalty
 from dovetail.data import Batches, Sampler
 from dovetail.data.rows import Rows, collate
 from dovetail.errors import CheckpointError, ConfigError, DataError, RunError, SpecError
@@ -37,6 +40,7 @@ class Result:
     out: str
     steps: int
     parameters: int
+    trainable: int
     tokens: int
     loss: float
     held_out: dict[str, float] | None
@@ -73,6 +77,8 @@ def fit(
         raise SpecError(
             "this folder holds a run already", where=str(out), remedy="go on with --resume, or choose another out"
         )
+    if recipe.adapter is not None:
+        check_room(out)
     run = Run(set_up(recipe), out)
     if resume and checkpoint.found(out):
         run.restore(checkpoint.found(out)[-1])
@@ -99,7 +105,7 @@ class Run:
         self.batches = Batches(rows, Sampler(len(rows), t.seed), t.batch, pin=self.device.type == "cuda")
         self.optimizer = adamw(self.model, lr=t.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.average = Average(self.model.named_parameters(), t.ema) if t.ema else None
+        self.average = Average(trainable(self.model).items(), t.ema) if t.ema else None
         self.compiled = torch.compile(self.model) if t.compile else self.model
         self.step, self.tokens, self.loss = 0, 0, math.nan
 
@@ -176,6 +182,7 @@ class Run:
             out=str(self.out),
             steps=self.step,
             parameters=parameter_count(self.model),
+            trainable=sum(p.numel() for p in trainable(self.model).values()),
             tokens=self.tokens,
             loss=self.loss,
             held_out=held_out,
@@ -212,8 +219,12 @@ class Run:
                 share = self.objective(self.compiled, batch).total(counts)
             share.backward()
             loss += share.detach()
+        extra = penalty(self.model)
+        if extra is not None:
+            extra.backward()
         norm = clip(self.parameters, t.clip)
         self.optimizer.step()
+        after_backward(self.model, self.step + 1, t.steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
@@ -256,12 +267,23 @@ class Run:
         if self.average is not None:
             self.average.swap()
         try:
-            hub.save(self.model, self.out, format="hf", tokenizer_from=self.out)
+            if adapters(self.model):
+                _save_adapter(self.model, self.out)
+            else:
+                hub.save(self.model, self.out, format="hf", tokenizer_from=self.out)
         except (ConfigError, CheckpointError):
             hub.save(self.model, self.out, format="dovetail", tokenizer_from=self.out)
         finally:
             if self.average is not None:
                 self.average.swap()
+
+
+def _save_adapter(model: Any, out: Path) -> None:
+    """The adapter alone, in PEFT's layout where that can say it."""
+    try:
+        save_adapter(model, out)
+    except ConfigError:
+        save_adapter(model, out, format="dovetail")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
+from dovetail.parts.adaptable import Adapter
 from dovetail.parts.weights import Linear, Lookup
 
 
@@ -18,17 +19,18 @@ def adamw(
     """Fused AdamW (Loshchilov and Hutter 2017) over the parameters that take gradients.
 
     Decay is for matrices: vectors (norms, biases) and lookup tables have none. Each group carries `peak`, its
-    own top rate: lr times what the init scheme says of the role (muP). Raises BuildError when nothing is trainable.
+    own top rate: lr times what the init scheme says of the role (muP), or an adapter of its parameter (LoRA+). Raises BuildError when nothing is trainable.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     done: set[int] = set()
     for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
+        for leaf, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or id(parameter) in done:
                 continue
             done.add(id(parameter))
             flat = parameter.dim() < 2 or isinstance(module, nn.Embedding)
             scale = _scale(module, path) if parameter.dim() >= 2 else 1.0
+            scale = module.lr_scale(leaf) if isinstance(module, Adapter) else scale
             groups.setdefault((lr * scale, 0.0 if flat else weight_decay), []).append(parameter)
     if not groups:
         raise BuildError("no parameter of this model takes gradients")

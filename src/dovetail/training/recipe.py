@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from dovetail import adapters as adapters  # registers its kinds
 from dovetail.errors import SpecError, did_you_mean
 from dovetail.objectives.next_token import NextToken
-from dovetail.spec.categories import CorpusPart, ObjectivePart
+from dovetail.spec.categories import AdapterPart, CorpusPart, ObjectivePart, StoragePart
 from dovetail.spec.spec import validate
 
 
@@ -84,12 +85,17 @@ class Train(Section):
 class Recipe(Section):
     """model: a spec (its vocab is the tokenizer's unless given) or a checkpoint directory. tokenizer: a directory
     with tokenizer.json, {train: ids}, or the checkpoint's own. out: the folder that the run writes.
+
+    adapter: what is trained instead of the weights, which stay frozen in their stored dtype (fp32 without autocast);
+    `out` then holds the adapter alone. storage: how the frozen weights of linear maps are kept (nf4: QLoRA).
     """
 
     model: dict[str, Any] | str
     data: Data
     tokenizer: TokenizerTraining | str | None = None
     objective: ObjectivePart = NextToken()
+    adapter: AdapterPart | None = None
+    storage: StoragePart | None = None
     train: Train
     out: str | None = None
 
@@ -105,7 +111,13 @@ class Recipe(Section):
         for name, section in (("data", Data), ("train", Train), ("tokenizer", TokenizerTraining)):
             if isinstance(data.get(name), dict):
                 data[name] = validate(section, data[name], where=name)
-        return validate(Recipe, data)
+        recipe = validate(Recipe, data)
+        if recipe.storage is not None and recipe.adapter is None:
+            raise SpecError(
+                "weights that are kept in codes cannot be trained", where=f"{where}.storage",
+                remedy="give an adapter to train instead: adapter: {kind: lora}",
+            )  # fmt: skip
+        return recipe
 
     @staticmethod
     def load(source: str | Path | dict[str, Any] | Recipe, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

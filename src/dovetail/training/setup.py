@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dovetail import hub
+from dovetail.adapters import adapt
 from dovetail.data import Corpus, DocumentRows, PackedRows, TokenSet, cache_folder, prepare, train_tokenizer
 from dovetail.data.rows import Rows
 from dovetail.errors import SpecError
@@ -21,7 +22,8 @@ from dovetail.models import build
 from dovetail.objectives import Objective
 from dovetail.parts.containers import StackModule
 from dovetail.spec import Spec, entry
-from dovetail.training.device import choose
+from dovetail.surgery import quantise
+from dovetail.training.device import choose, precision
 from dovetail.training.recipe import Recipe, TokenizerTraining
 
 
@@ -46,7 +48,7 @@ def set_up(recipe: Recipe) -> Parts:
     device = choose(recipe.train.device)
     seed_all(recipe.train.seed)
     tokenizer = load_tokenizer(recipe)
-    model = make_model(recipe, tokenizer).to(device)
+    model = make_model(recipe, tokenizer, device).to(device)
     for module in model.modules():
         if isinstance(module, StackModule):
             module.checkpointing = recipe.train.checkpointing
@@ -114,12 +116,21 @@ def model_spec(recipe: Recipe, tokenizer: hub.Tokenizer) -> Spec:
     return spec
 
 
-def make_model(recipe: Recipe, tokenizer: hub.Tokenizer) -> Any:
-    """A new model from the recipe's spec and seed, or a checkpoint in fp32 (autocast rounds, masters do not)."""
+def make_model(recipe: Recipe, tokenizer: hub.Tokenizer, device: torch.device) -> Any:
+    """A new model from the recipe's spec and seed, or a checkpoint in fp32 (autocast rounds, masters do not).
+
+    What is frozen under an adapter has no masters: it stays in its stored dtype, or in the codes of `storage`.
+    """
     if isinstance(recipe.model, dict):
-        return build(model_spec(recipe, tokenizer), seed=recipe.train.seed)
-    model = hub.load(recipe.model, dtype=torch.float32)
-    check_vocab(model.spec, tokenizer)
+        model = build(model_spec(recipe, tokenizer), seed=recipe.train.seed)
+    else:
+        frozen = recipe.adapter is not None and precision(recipe.train.autocast, device) == "bf16"
+        model = hub.load(recipe.model, dtype=None if frozen else torch.float32, device=device)
+        check_vocab(model.spec, tokenizer)
+    if recipe.storage is not None:
+        quantise(model, recipe.storage)  # type: ignore[arg-type]
+    if recipe.adapter is not None:
+        adapt(model, recipe.adapter, seed=recipe.train.seed)  # type: ignore[arg-type]
     return model
 
 
