@@ -50,12 +50,14 @@ def show(
     path: Annotated[str, typer.Argument(help="Directory of a model, hub id, or YAML spec.")],
     plan: Annotated[bool, typer.Option("--plan", help="Which kernel runs each layer, and why.")] = False,
     device: Annotated[str, typer.Option(help="Device to plan for.")] = "",
+    dtype: Annotated[str, typer.Option(help="Type to plan for: float32 on CPU, bfloat16 on CUDA unless given.")] = "",
     as_json: Json = False,
     allow_key: AllowKey = None,
 ) -> None:
     """What this is: the tree of a model, its size and its plan. Reads no weights."""
     import torch
 
+    from dovetail.hub.files import dtype_named
     from dovetail.models import build
     from dovetail.training.flops import flops_per_token, parameter_count
 
@@ -68,10 +70,12 @@ def show(
         "context": getattr(spec, "context", None),
         "flops_per_token": flops_per_token(model, length),
     }
-    plans = _plans(model, where, length) if plan else None
+    kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+    plans = _plans(model.to(dtype_named(kind)), where, length) if plan else None
     if as_json:
         data = facts | {"spec": spec.to_dict()}
         if plans is not None:
+            data["plan_dtype"] = kind
             data["plan"] = [{"layers": span, "use": use, "path": p, "why": why} for span, use, p, why in plans]
         print(json.dumps(data, ensure_ascii=False))
         return
@@ -88,7 +92,7 @@ def show(
             "why",
             box=None,
             header_style="bold",
-            title=f"plan on {where}",
+            title=f"plan on {where} in {kind}",
             title_justify="left",
         )
         for row in plans:
