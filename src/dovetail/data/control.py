@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pydantic import model_validator
 
 from dovetail.data.corpus import Corpus
+from dovetail.data.pairs import Pairs
 from dovetail.spec import register
 from dovetail.spec.categories import CorpusPart
 
@@ -33,6 +34,10 @@ class Controlled(Corpus):
             raise ValueError(f"{len(self.codes)} codes for {len(self.corpora)} corpora; give one each")
         if not all(code.strip() == code != "" for code in self.codes) or len(set(self.codes)) < len(self.codes):
             raise ValueError(f"codes {self.codes}; give different words without space around them")
+        if any(isinstance(corpus, Pairs) for corpus in self.corpora):
+            raise ValueError(
+                "pairs would lose which tokens are their prompts; write the code into their prompt template"
+            )
         return self
 
     def documents(self) -> Iterator[str]:

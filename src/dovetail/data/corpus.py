@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -79,28 +80,40 @@ class JsonLines(Corpus):
     field: str = "text"
 
     def documents(self) -> Iterator[str]:
-        try:
-            with Path(self.path).open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield self._document(line, f"{self.path}:{number}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise _unreadable(Path(self.path), error) from None
+        for where, row in json_objects(Path(self.path)):
+            text = row.get(self.field)
+            if not isinstance(text, str):
+                raise no_text(self.field, row, where, "set field to one of")
+            yield text
 
-    def _document(self, line: str, where: str) -> str:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"not JSON: {error}", where=where, remedy="give one JSON object a line") from None
-        text = row.get(self.field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            known = ", ".join(k for k, v in row.items() if isinstance(v, str)) if isinstance(row, dict) else ""
-            raise DataError(
-                f"no text in field {self.field!r}",
-                where=where,
-                remedy=f"set field to one of: {known}" if known else "give objects with a text field",
-            )
-        return text
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(FILE:LINE, object) of every line of a JSON Lines file; blank lines are passed over. Raises DataError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"not JSON: {error}", where=where, remedy="give one JSON object a line") from None
+                if not isinstance(row, dict):
+                    raise DataError("not a JSON object", where=where, remedy="give objects with a text field")
+                yield where, row
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from None
+
+
+def no_text(field: str, row: dict[str, Any], where: str, remedy: str) -> DataError:
+    """The error for a row whose `field` holds no text; it names the fields that do."""
+    known = ", ".join(name for name, value in row.items() if isinstance(value, str))
+    return DataError(
+        f"no text in field {field!r}",
+        where=where,
+        remedy=f"{remedy}: {known}" if known else "give objects with a text field",
+    )
 
 
 def read_text(path: Path) -> str:
@@ -108,10 +121,11 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path, error: Exception) -> DataError:
+    """The error for a file that the system or the UTF-8 decoder refused."""
     if isinstance(error, UnicodeDecodeError):
         return DataError(f"not UTF-8: {error.reason} at byte {error.start}", where=str(path), remedy="convert it first")
     return DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path))

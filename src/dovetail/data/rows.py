@@ -1,7 +1,7 @@
-"""Rows of training: documents packed end to end, or one piece of a document a row; and batches of them.
+"""Rows of training: documents packed end to end, one piece of a document a row, or whole pairs; and batches of them.
 
 Labels stand beside the token that predicts them (labels[t] is tokens[t + 1]); -100 where the next token
-belongs to another document, or is not there. Segments number the documents of a row, -1 for padding.
+belongs to another document, to a prompt, or is not there. Segments number the documents of a row, -1 for padding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dovetail.data.sampler import Sampler
 from dovetail.data.tokens import TokenSet
 
 IGNORED = -100
+_PADDING = (0, IGNORED, -1)  # of tokens, labels, segments
 
 
 class Row(NamedTuple):
@@ -58,10 +59,7 @@ class PackedRows:
         document = np.searchsorted(self.set.offsets, at, side="right") - 1
         tokens, labels, segments = _row(stream, document - document[0])
         return Row(
-            *(
-                _padded(x[: self.length], self.length, fill)
-                for x, fill in ((tokens, 0), (labels, IGNORED), (segments, -1))
-            )
+            *(_padded(x[: self.length], self.length, fill) for x, fill in zip((tokens, labels, segments), _PADDING))
         )
 
 
@@ -88,6 +86,66 @@ class DocumentRows:
         return Row(*(x[: self.length] for x in _row(stream, np.zeros(len(stream), np.int64))))
 
 
+class PairRows:
+    """Prompt-completion pairs, whole: as many in a row as `length` tokens hold (packed), or one (padded by the batch).
+
+    Packed rows are padded to `length`, so that all have one shape; their pairs keep their order and do not see each
+    other. Of a pair that is longer than a row the prompt is cut from the left; only of a completion that is longer by
+    itself the end is cut, behind one token of the prompt. cut: how many pairs that befell. The last label of a full
+    row may lie one beyond it.
+    """
+
+    def __init__(self, tokens: TokenSet, length: int, packed: bool = True):
+        assert tokens.prompts is not None
+        self.set, self.length, self.packed = tokens, length, packed
+        starts, stops = np.asarray(tokens.offsets[:-1]), np.asarray(tokens.offsets[1:])
+        self.completions = starts + tokens.prompts.astype(np.int64)  # where each begins
+        over = stops - starts - (length + 1)
+        room = np.maximum(self.completions - starts - 1, 0)  # a token that predicts the first label stays
+        self.starts = starts + np.clip(over, 0, room)
+        self.stops = np.minimum(self.starts + length + 1, stops)
+        self.cut = int((over > 0).sum())
+        self.sizes = np.minimum(self.stops - self.starts, length)
+        self.first = self._rows() if packed else np.arange(len(starts) + 1)
+
+    def _rows(self) -> np.ndarray:
+        """The first pair of each row, and the number of pairs."""
+        first, used = [0], 0
+        for pair, size in enumerate(self.sizes.tolist()):
+            if used + size > self.length:
+                first.append(pair)
+                used = 0
+            used += size
+        return np.asarray([*first, len(self.sizes)])
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def longest(self) -> int:
+        """Index of a row with the most tokens."""
+        return int(np.argmax(np.add.reduceat(self.sizes, self.first[:-1])))
+
+    def __getitem__(self, index: int) -> Row:
+        pairs = range(self.first[index], self.first[index + 1])
+        parts = [self._pair(pair, segment) for segment, pair in enumerate(pairs)]
+        row = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        return Row(*(_padded(x, self.length, fill) for x, fill in zip(row, _PADDING))) if self.packed else Row(*row)
+
+    def _pair(self, pair: int, segment: int) -> Row:
+        start, stop = self.starts[pair], self.stops[pair]
+        stream = self.set.tokens[start:stop].astype(np.int64)
+        row = _row(stream, np.full(len(stream), segment))
+        row.labels[: max(0, self.completions[pair] - start - 1)] = IGNORED
+        return Row(*(x[: self.length] for x in row))
+
+
+def rows_of(tokens: TokenSet, length: int, pack: str) -> Rows:
+    """The rows of a token set; pack: as in a recipe ("documents" or "none")."""
+    if tokens.prompts is not None:
+        return PairRows(tokens, length, packed=pack == "documents")
+    return PackedRows(tokens, length) if pack == "documents" else DocumentRows(tokens, length)
+
+
 class Batches:
     """Batches of `size` rows in the sampler's order: {"tokens", "labels"} (B,T), and "segments" where needed.
 
@@ -106,7 +164,7 @@ def collate(rows: list[Row], pin: bool = False) -> dict[str, Tensor]:
     """Rows padded on the right to the longest."""
     length = max(len(row.tokens) for row in rows)
     tokens, labels, segments = (
-        np.stack([_padded(row[i], length, fill) for row in rows]) for i, fill in enumerate((0, IGNORED, -1))
+        np.stack([_padded(row[i], length, fill) for row in rows]) for i, fill in enumerate(_PADDING)
     )
     batch = {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
     if segments.any():

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from dovetail.data import Batches, Sampler
+from dovetail.data import Batches, PairRows, Sampler
 from dovetail.data.rows import IGNORED, Rows, collate
 from dovetail.errors import DataError
 from dovetail.hub.load import read_config
 from dovetail.models import build
 from dovetail.training.device import autocast, choose, peak_memory, peak_rate, precision, total_memory
 from dovetail.training.flops import parameter_count
-from dovetail.training.memory import FROZEN, METHODS, Estimate, estimate, remedies, train_flops
+from dovetail.training.memory import FROZEN, METHODS, Estimate, Method, estimate, remedies, train_flops
 from dovetail.training.recipe import Recipe
 from dovetail.training.setup import Parts, hub_folder, load_tokenizer, model_spec, set_up, with_helpers
 
@@ -33,7 +33,8 @@ class Preflight:
     """What `preflight` found. estimates: full fine-tuning, LoRA and QLoRA with the recipe's batch and length.
 
     dry_run: {"seconds", "peak_bytes"} of the longest batch forward and backward, or None when it would not fit.
-    hours: for the recipe's steps. fits: whether full training does, on one device.
+    hours: for the recipe's steps. fits: whether the recipe does, on one device. cut: prompt-completion pairs that
+    are longer than a row.
     """
 
     recipe: Recipe
@@ -45,10 +46,11 @@ class Preflight:
     pieces: tuple[str, ...]
     dry_run: dict[str, float] | None
     hours: float
+    cut: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.estimates[0].fits
+        return next(e for e in self.estimates if e.method == method_of(self.recipe)).fits
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -64,6 +66,7 @@ class Preflight:
             "tokens": None if self.batch is None else self.batch["tokens"].numel(),
             "dry_run": self.dry_run,
             "hours": self.hours,
+            "pairs_cut": self.cut,
         }
 
     def __rich__(self) -> Group:
@@ -74,8 +77,9 @@ class Preflight:
         for e in self.estimates:
             alone = sum(e.sharded.values()) + sum(v for k, v in e.each.items() if k != "gathered blocks")
             style = "green" if e.fits else "red"
+            mine = "  (this recipe)" if e.method == method_of(self.recipe) else ""
             table.add_row(
-                e.method,
+                e.method + mine,
                 f"{alone / 1e9:,.2f} GB",
                 str(e.devices or "none is enough"),
                 f"{e.total / 1e9:,.2f} GB",
@@ -91,6 +95,9 @@ class Preflight:
         how = "from the dry run" if self.dry_run else f"at an assumed MFU of {_MFU:.0%}"
         parts.append(f"{t.steps} steps of {t.accumulate} x {t.batch} rows: {_span(self.hours)} ({how})")
         parts.extend(Text(f"does not fit; try {line}", style="yellow") for line in self.advice)
+        if self.cut:
+            how = f"{self.cut} pairs are longer than a row of {t.length} tokens: their prompts are cut from the left"
+            parts.append(Text(how, style="yellow"))
         return Group(*parts)
 
 
@@ -106,13 +113,15 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
     room = total_memory(device)
     same: dict[str, Any] = {"batch": t.batch, "length": t.length, "checkpointing": t.checkpointing}
     same["helpers"] = _helper_bytes(recipe)
-    estimates = tuple(estimate(model, method, device_bytes=room, **same) for method in METHODS)
+    rank = getattr(recipe.adapter, "rank", 16)
+    estimates = tuple(estimate(model, method, device_bytes=room, rank=rank, **same) for method in METHODS)
+    asked = next(e for e in estimates if e.method == method_of(recipe))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     about = f"{name} with {room / 1e9:,.0f} GB"
-    if not estimates[0].fits:
-        advice = tuple(remedies(model, estimates[0], **same))
+    if not asked.fits:
+        advice = tuple(remedies(model, asked, **same))
         peak, _ = peak_rate(device, torch.bfloat16)
-        work = train_flops(model, "full", t.length, t.checkpointing) * t.batch * t.length * t.accumulate * t.steps
+        work = train_flops(model, asked.method, t.length, t.checkpointing) * t.batch * t.length * t.accumulate * t.steps
         hours = work / (peak * _MFU) / 3600
         return Preflight(recipe, parameter_count(model), about, estimates, advice, None, (), None, hours)
     parts = set_up(recipe)
@@ -122,7 +131,15 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
     dry = dry_run(parts, rows)
     pieces = tuple(parts.tokenizer.decode([i], skip_special=False) for i in batch["tokens"][0, :_SHOWN].tolist())
     hours = dry["seconds"] * t.accumulate * t.steps / 3600
-    return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours)
+    cut = rows.cut if isinstance(rows, PairRows) else 0
+    return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut)
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Which estimate is the recipe's own: adapters other than LoRA are of its size or smaller."""
+    if recipe.adapter is None:
+        return "full"
+    return "lora" if recipe.storage is None else "qlora"
 
 
 def check_labels(batch: dict[str, Tensor], objective: Any) -> None:

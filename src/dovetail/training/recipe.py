@@ -27,7 +27,8 @@ class Data(Section):
     """train: the corpus. held_out: what evaluation reads; none unless given.
 
     pack: "documents" fills rows with documents that do not see each other; "none" gives each document rows of
-    its own. cache: folder for token sets; DOVETAIL_CACHE or ~/.cache/dovetail unless given.
+    its own. Prompt-completion pairs stay whole in their row: an over-long one loses the left of its prompt.
+    cache: folder for token sets; DOVETAIL_CACHE or ~/.cache/dovetail unless given.
     """
 
     train: CorpusPart

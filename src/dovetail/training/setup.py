@@ -14,7 +14,7 @@ import torch
 
 from dovetail import hub
 from dovetail.adapters import adapt
-from dovetail.data import Corpus, DocumentRows, PackedRows, TokenSet, cache_folder, prepare, train_tokenizer
+from dovetail.data import Corpus, TokenSet, cache_folder, prepare, rows_of, train_tokenizer
 from dovetail.data.rows import Rows
 from dovetail.errors import SpecError
 from dovetail.hub.save import COMPANIONS
@@ -39,8 +39,7 @@ class Parts:
     held_out: TokenSet | None
 
     def rows(self, tokens: TokenSet) -> Rows:
-        length = self.recipe.train.length
-        return PackedRows(tokens, length) if self.recipe.data.pack == "documents" else DocumentRows(tokens, length)
+        return rows_of(tokens, self.recipe.train.length, self.recipe.data.pack)
 
 
 def set_up(recipe: Recipe) -> Parts:
