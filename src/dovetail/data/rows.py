@@ -6,6 +6,7 @@ belongs to another document, to a prompt, or is not there. Segments number the d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.data.sampler import Sampler
+from dovetail.data.source_rows import SourceRow, SourceRows
 from dovetail.data.tokens import TokenSet
 
 IGNORED = -100
@@ -30,7 +32,7 @@ class Row(NamedTuple):
 class Rows(Protocol):
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> Row | SourceRow: ...
 
     def longest(self) -> int: ...
 
@@ -139,8 +141,11 @@ class PairRows:
         return Row(*(x[: self.length] for x in row))
 
 
-def rows_of(tokens: TokenSet, length: int, pack: str) -> Rows:
-    """The rows of a token set; pack: as in a recipe ("documents" or "none")."""
+def rows_of(tokens: TokenSet, length: int, pack: str, start: int | None = None) -> Rows:
+    """The rows of a token set; pack: as in a recipe ("documents" or "none"). start: what an encoder-decoder begins
+    with, which takes a pair a row. Raises DataError."""
+    if start is not None:
+        return SourceRows(tokens, length, start)
     if tokens.prompts is not None:
         return PairRows(tokens, length, packed=pack == "documents")
     return PackedRows(tokens, length) if pack == "documents" else DocumentRows(tokens, length)
@@ -160,16 +165,35 @@ class Batches:
         return collate([self.rows[i] for i in self.sampler.take(self.size)], self.pin)
 
 
-def collate(rows: list[Row], pin: bool = False) -> dict[str, Tensor]:
-    """Rows padded on the right to the longest."""
-    length = max(len(row.tokens) for row in rows)
-    tokens, labels, segments = (
-        np.stack([_padded(row[i], length, fill) for row in rows]) for i, fill in enumerate(_PADDING)
-    )
-    batch = {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
-    if segments.any():
-        batch["segments"] = torch.from_numpy(segments)
+def collate(rows: Sequence[Row | SourceRow], pin: bool = False) -> dict[str, Tensor]:
+    """Rows padded on the right to the longest; those of an encoder-decoder with masks of both sides where they need
+    them: {"tokens", "decoder_tokens", "labels", "attention_mask", "decoder_attention_mask"}."""
+    if isinstance(rows[0], SourceRow):
+        source, decoder, labels = (_stacked([row[i] for row in rows], fill) for i, fill in enumerate((0, 0, IGNORED)))
+        batch = {"tokens": source, "decoder_tokens": decoder, "labels": labels}
+        for name, lengths in (("tokens", [len(r[0]) for r in rows]), ("decoder_tokens", [len(r[1]) for r in rows])):
+            real = torch.arange(batch[name].shape[1]) < torch.tensor(lengths)[:, None]
+            if not real.all():
+                batch["attention_mask" if name == "tokens" else "decoder_attention_mask"] = real
+    else:
+        tokens, labels, segments = (_stacked([row[i] for row in rows], fill) for i, fill in enumerate(_PADDING))
+        batch = {"tokens": tokens, "labels": labels}
+        if segments.any():
+            batch["segments"] = segments
     return {name: t.pin_memory() for name, t in batch.items()} if pin else batch
+
+
+def real_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch that are not padding, on both sides of an encoder-decoder."""
+    if "segments" in batch:
+        return int((batch["segments"] >= 0).sum())
+    sides = (("tokens", "attention_mask"), ("decoder_tokens", "decoder_attention_mask"))
+    return sum(int(batch[m].sum()) if m in batch else batch[t].numel() for t, m in sides if t in batch)
+
+
+def _stacked(rows: list[np.ndarray], fill: int) -> Tensor:
+    length = max(len(row) for row in rows)
+    return torch.from_numpy(np.stack([_padded(row, length, fill) for row in rows]))
 
 
 def _row(stream: np.ndarray, segments: np.ndarray) -> Row:

@@ -17,7 +17,7 @@ from dovetail.adapters import adapters, save_adapter, trainable
 from dovetail.adapters.files import check_room
 from dovetail.adapters.many import after_backward, penalty
 from dovetail.data import Batches, Sampler
-from dovetail.data.rows import Rows, collate
+from dovetail.data.rows import Rows, collate, real_tokens
 from dovetail.errors import CheckpointError, ConfigError, DataError, RunError, SpecError
 from dovetail.objectives import Objective
 from dovetail.training import checkpoint
@@ -213,7 +213,7 @@ class Run:
         loss = torch.zeros((), device=self.device)
         tokens = 0
         for batch in micro:
-            tokens += int((batch["segments"] >= 0).sum()) if "segments" in batch else batch["tokens"].numel()
+            tokens += real_tokens(batch)
             batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
             with autocast(self.precision, self.device):
                 share = self.objective(self.compiled, batch).total(counts)

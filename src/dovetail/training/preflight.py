@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from dovetail.data import Batches, PairRows, Sampler
+from dovetail.data import Batches, Sampler
 from dovetail.data.rows import IGNORED, Rows, collate
 from dovetail.errors import DataError
 from dovetail.hub.load import read_config
@@ -96,7 +96,7 @@ class Preflight:
         parts.append(f"{t.steps} steps of {t.accumulate} x {t.batch} rows: {_span(self.hours)} ({how})")
         parts.extend(Text(f"does not fit; try {line}", style="yellow") for line in self.advice)
         if self.cut:
-            how = f"{self.cut} pairs are longer than a row of {t.length} tokens: their prompts are cut from the left"
+            how = f"{self.cut} pairs are longer than a row of {t.length} tokens, and are cut"
             parts.append(Text(how, style="yellow"))
         return Group(*parts)
 
@@ -129,9 +129,9 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
     batch = Batches(rows, Sampler(len(rows), t.seed), t.batch).next()
     check_labels(batch, recipe.objective)
     dry = dry_run(parts, rows)
-    pieces = tuple(parts.tokenizer.decode([i], skip_special=False) for i in batch["tokens"][0, :_SHOWN].tolist())
+    pieces = tuple(parts.tokenizer.decode([i], skip_special=False) for i in _written(batch)[0, :_SHOWN].tolist())
     hours = dry["seconds"] * t.accumulate * t.steps / 3600
-    cut = rows.cut if isinstance(rows, PairRows) else 0
+    cut = getattr(rows, "cut", 0)
     return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut)
 
 
@@ -190,7 +190,7 @@ def _helper_bytes(recipe: Recipe) -> dict[str, float]:
 
 def _coloured(batch: dict[str, Tensor], pieces: tuple[str, ...]) -> Text:
     """The first row: green where a token is predicted from those before it, dim where it is only read."""
-    tokens, labels = batch["tokens"][0].tolist(), batch["labels"][0].tolist()
+    tokens, labels = _written(batch)[0].tolist(), batch["labels"][0].tolist()
     learnt = int((batch["labels"] != IGNORED).sum())
     text = Text(f"first batch: {batch['tokens'].numel()} tokens, {learnt} labels; first row, ")
     text.append("predicted", style="green")
@@ -201,6 +201,11 @@ def _coloured(batch: dict[str, Tensor], pieces: tuple[str, ...]) -> Text:
         predicted = i > 0 and labels[i - 1] == tokens[i]
         text.append(piece, style="green" if predicted else "dim red")
     return text
+
+
+def _written(batch: dict[str, Tensor]) -> Tensor:
+    """The side that labels stand beside: an encoder-decoder's own tokens, not what it reads."""
+    return batch.get("decoder_tokens", batch["tokens"])
 
 
 def _span(hours: float) -> str:

@@ -28,6 +28,7 @@ class Data(Section):
 
     pack: "documents" fills rows with documents that do not see each other; "none" gives each document rows of
     its own. Prompt-completion pairs stay whole in their row: an over-long one loses the left of its prompt.
+    An encoder-decoder takes one pair a row, the prompt as its source, whatever pack says; over-long sides lose their end.
     cache: folder for token sets; DOVETAIL_CACHE or ~/.cache/dovetail unless given.
     """
 

@@ -39,7 +39,16 @@ class Parts:
     held_out: TokenSet | None
 
     def rows(self, tokens: TokenSet) -> Rows:
-        return rows_of(tokens, self.recipe.train.length, self.recipe.data.pack)
+        start = None
+        if hasattr(self.model, "encode"):
+            start = self.model.spec.decoder_start
+            if start is None:
+                raise SpecError(
+                    "this encoder-decoder does not say what its targets begin with",
+                    where="model.decoder_start",
+                    remedy="give the id of a token, as a rule the tokenizer's BOS",
+                )
+        return rows_of(tokens, self.recipe.train.length, self.recipe.data.pack, start)
 
 
 def set_up(recipe: Recipe) -> Parts:
@@ -110,6 +119,10 @@ def model_spec(recipe: Recipe, tokenizer: hub.Tokenizer) -> Spec:
         data.setdefault("vocab", tokenizer.vocab_size)
     if "context" in known:
         data.setdefault("context", recipe.train.length)
+    if "decoder_start" in known:
+        data.setdefault(
+            "decoder_start", next(iter([i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None]), None)
+        )
     spec = Spec.parse("model", data, where="model")
     check_vocab(spec, tokenizer)
     return spec
