@@ -267,3 +267,34 @@ def test_targets_by_every_name(tmp_path: Path) -> None:
         assert sum(len(s.segments) for s in sites(model, [target])) == count, target
     assert [s.path for s in sites(model, ["embed_tokens"])] == ["embedding.table"]
     assert model.embedding.table.num_embeddings == VOCAB
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_compiles_whole_with_checkpointing(window: int | None) -> None:
+    """One graph with recomputation, no block done twice in the forward, and the gradients of eager."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    masks: dict[str, Any] = {} if window is None else {"mask": {"kind": "window", "size": window}}
+    model, x = decoder(**masks), tokens()
+    adapt(model, Lora(rank=4))
+    stir(model)
+    model.train()
+    weights = torch.randn(2, 12, 61)
+    learn = list(trainable(model).values())
+    plain = torch.autograd.grad((model(x).logits * weights).sum(), learn)
+    products: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        products.append(sum("mm" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    for again in (False, True):
+        for module in model.modules():
+            if isinstance(module, StackModule):
+                module.checkpointing = again
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+        found = torch.autograd.grad((compiled(x).logits * weights).sum(), learn)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, plain, strict=True))
+    forward, backward, forward_again, backward_again = products
+    assert forward_again == forward and backward_again > backward
