@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dovetail.adapters.base import AdapterSpec, PeftConfig, Segment, Site, matches, places, rng, shortest, sites
-from dovetail.adapters.lora import LowRank
+from dovetail.adapters.low_rank import LowRank
 from dovetail.errors import BuildError, ConfigError, SpecError
 from dovetail.parts.adaptable import Run, adaptables
 from dovetail.parts.weights import Linear, Rng

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.adapters.base import PeftConfig, Site
-from dovetail.adapters.lora import Lora, LowRank, LowRankTable
+from dovetail.adapters.lora import Lora
+from dovetail.adapters.low_rank import LowRank, LowRankTable
 from dovetail.parts.adaptable import Run
 from dovetail.parts.weights import Lookup, Rng
 from dovetail.spec import register

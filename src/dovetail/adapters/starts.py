@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dovetail.adapters.base import PeftConfig, Site
+from dovetail.adapters.low_rank import LowRank
 from dovetail.errors import BuildError, ConfigError
 from dovetail.parts.storage.base import Storage, Stored
 from dovetail.parts.storage.nf4 import Nf4
@@ -16,10 +18,6 @@ from dovetail.spec import Spec, register
 from dovetail.spec.categories import StoragePart
 from dovetail.spec.ranges import Count
 
-if TYPE_CHECKING:
-    from dovetail.adapters.base import PeftConfig, Site
-    from dovetail.adapters.lora import LowRank
-
 OVERSAMPLE = 8  # random directions beyond the rank: Halko et al. 2011, section 4.2, advise 5 or 10
 
 
@@ -27,6 +25,7 @@ class LoraStart(Spec):
     """Base of the starts. A (rank, in) and B (rows, rank) are fp32, one pair for each segment of a place."""
 
     anchored: ClassVar[bool] = False  # whether the product that they start with is taken off the weight
+    tables: ClassVar[bool] = False  # whether a lookup table may start so: there A is zero and B drawn
 
     def begin(self, module: LowRank, site: Site, rng: Rng) -> None:
         """Gives every pair its start. Raises BuildError for a place that it cannot take."""
@@ -53,6 +52,8 @@ class LoraStart(Spec):
 class Uniform(LoraStart):
     """A from U(-1/sqrt(in), 1/sqrt(in)), B = 0."""
 
+    tables: ClassVar[bool] = True
+
     def draw(self, a: Tensor, b: Tensor, weight: Callable[[], Tensor], scale: float, rng: torch.Generator) -> None:
         bound = a.shape[1] ** -0.5
         a.uniform_(-bound, bound, generator=rng)
@@ -64,6 +65,8 @@ class Uniform(LoraStart):
 @register("lora_init", "gaussian", oracle="peft init_lora_weights='gaussian'", source="Hu et al. 2021, section 4.1")
 class Gaussian(LoraStart):
     """A from N(0, 1/rank²), B = 0."""
+
+    tables: ClassVar[bool] = True
 
     def draw(self, a: Tensor, b: Tensor, weight: Callable[[], Tensor], scale: float, rng: torch.Generator) -> None:
         a.normal_(std=1 / a.shape[0], generator=rng)
