@@ -9,22 +9,27 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import torch
 import yaml
 from matplotlib import pyplot as plt
-from pictures import CONTEXT, DIM, draw
+from pictures import BUNDLED, CONTEXT, DIM, draw
 from pydantic.fields import FieldInfo
 
 import dovetail as dt
+from dovetail.adapters import AdapterSpec
 from dovetail.errors import BuildError, DataError, DovetailError
 from dovetail.parts.init import Normal
 from dovetail.spec import Entry, Slot, Spec, entries
 from dovetail.spec.spec import field_category
+from dovetail.surgery import quantise
+from dovetail.surgery.maps import map_entries
 from dovetail.training.recipe import Recipe, read_yaml
 
 DOCS = Path(__file__).resolve().parent
@@ -55,11 +60,16 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
     ("image_embedding", "patch"): {"size": 4},
     ("corpus", "folder"): {"path": "notes"},
     ("corpus", "jsonl"): {"path": "notes.jsonl"},
+    ("adapter", "bitfit"): {"add": True},  # the bundled model has no biases
+    ("adapter", "fusion"): {"of": ("first", "second")},
+    ("corpus", "controlled"): {"codes": ("Books",), "corpora": ({"kind": "text", "path": "books.txt"},)},
     ("model", "encoder_decoder"): {
         "encoder": {"depth": 2},
         "decoder": {"depth": 2, "blocks": {"cross": {"kind": "attention", "position": "none"}}},
     },
 }
+# Files of docs/results whose tables belong on a part's own page.
+MEASURED = {("adapter", "lora"): ("lora_gpu",), ("storage", "nf4"): ("qlora_gpu",)}
 # Masks that hide nothing in a causal place alone, which a model refuses: shown together with a window.
 WITH_A_WINDOW = {"mask": ("full", "causal")}
 
@@ -92,8 +102,18 @@ def in_a_model(entry: Entry, spec: Spec) -> tuple[dict[str, Any], Spec, str]:
         return in_a_recipe({"objective": given}, "objective")
     if entry.category == "corpus":
         return in_a_recipe({"data": {"train": given}}, "data.train")
+    if getattr(spec, "needs", ()):
+        return (
+            given,
+            spec,
+            "The part alone: it stands on adapters that the model has, and a recipe trains one at a time.",
+        )
+    if entry.category == "adapter":
+        return in_a_recipe({"adapter": given}, "adapter")
+    if entry.category == "lora_init":
+        return in_a_recipe({"adapter": {"kind": "lora", "start": given}}, "adapter")
     if entry.category == "storage":
-        return given, spec, "The part alone."
+        return in_a_recipe({"storage": given, "adapter": {"kind": "lora"}}, "storage")
     if entry.category == "model":
         return given, dt.build(given, weights=False).spec, "Defaults left out."
     if grid:
@@ -131,12 +151,12 @@ def on_a_grid(entry: Entry, given: dict[str, Any]) -> tuple[dict[str, Any], Spec
 
 
 def in_a_recipe(change: dict[str, Any], field: str) -> tuple[dict[str, Any], Spec, str]:
-    """`in_a_model` for what stands beside a model in `recipes/tiny.yaml`."""
-    recipe = read_yaml(DOCS.parent / "recipes" / "tiny.yaml")
+    """`in_a_model` for what stands beside a model in a recipe: `recipes/lora.yaml` if it has an adapter, or `tiny.yaml`."""
+    recipe = read_yaml(DOCS.parent / "recipes" / ("lora.yaml" if "adapter" in change else "tiny.yaml"))
     for name, value in change.items():
         recipe[name] = recipe[name] | value if isinstance(value, dict) and name == "data" else value
     parsed = Recipe.parse(recipe)
-    part = parsed.objective if field == "objective" else parsed.data.train
+    part = parsed.data.train if field == "data.train" else getattr(parsed, field)
     return change, part, f"The part of a recipe that has it: its field `{field}`."
 
 
@@ -165,8 +185,10 @@ def part_page(entry: Entry) -> str:
     """The page of one part, its picture saved beside it."""
     spec = example(entry)
     lines = [f"# {entry.kind}", "", f"*{entry.category}* · `{entry.cls.__name__}`", ""]
+    if isinstance(spec, AdapterSpec):  # a file each, which begins by saying the idea
+        lines += [_text(sys.modules[entry.cls.__module__].__doc__ or "").split("\n")[0], ""]
     for cls in entry.cls.__mro__:
-        if cls is Spec:
+        if cls in (Spec, AdapterSpec):
             break
         if "__doc__" in vars(cls) and cls.__doc__:
             lines += ([] if cls is entry.cls else [f"From `{cls.__name__}`:", ""]) + [_text(cls.__doc__), ""]
@@ -177,6 +199,8 @@ def part_page(entry: Entry) -> str:
     lines += [f"![{entry.kind}]({entry.kind}.png)", ""]
     capable = ", ".join(f"{name}: {value}" for name, value in sorted(entry.capabilities.items()))
     facts = [("source", entry.source), ("tested against", entry.oracle), ("decode", entry.decode), ("can", capable)]
+    if isinstance(spec, AdapterSpec):
+        facts += adapter_facts(spec)
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in facts if value), ""]
     if entry.cls.model_fields:
         rows = [(n, _type(entry.cls, n), _default(i)) for n, i in entry.cls.model_fields.items()]
@@ -184,7 +208,49 @@ def part_page(entry: Entry) -> str:
         lines += [f"| `{name}` | {kind} | {default} |" for name, kind, default in rows] + [""]
     text = yaml.safe_dump(model, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
     lines += ["## A spec to paste", "", note, "", "```yaml", text.rstrip(), "```", ""]
+    lines += in_python(entry, spec)
+    for name in MEASURED.get((entry.category, entry.kind), ()):
+        lines += ["## Measured", "", *result_lines(DOCS / "results" / f"{name}.json")]
     return "\n".join(lines)
+
+
+def adapter_facts(spec: AdapterSpec) -> list[tuple[str, str]]:
+    """What the table of an adapter's page says beyond that of other parts."""
+    starts = "yes" if spec.identity else "no"
+    merges = "yes: `dt.merge`" if spec.mergeable else "no: it is no change of weights"
+    return [("in PEFT", spec.peft_type or "has no name"), ("merges", merges), ("starts as the model was", starts)]
+
+
+def in_python(entry: Entry, spec: Spec) -> list[str]:
+    """The same in Python, for what stands on a model. It is done to the bundled model first."""
+    if entry.category not in ("adapter", "lora_init", "storage"):
+        return []
+    given, model = _short(spec), dt.load(BUNDLED)
+    code = ["import dovetail as dt", "", 'model = dt.load("assets/pydoc-llama")']
+    if entry.category == "storage":
+        quantise(model, given)
+        code[1:1] = ["from dovetail.surgery import quantise"]
+        code.append(f"errors = quantise(model, {given!r})  # path -> relative error")
+    else:
+        given = {"kind": "lora", "start": given} if entry.category == "lora_init" else given
+        needs = getattr(spec, "needs", ())
+        name: dict[str, Any] = {"name": entry.kind} if needs else {}
+        for other in needs:
+            dt.adapt(model, "bottleneck", name=other)
+            code.append(f'dt.adapt(model, "bottleneck", name="{other}")')
+        dt.adapt(model, given, **name)
+        code.append(f"dt.adapt(model, {given!r}{''.join(f', name={n!r}' for n in name.values())})")
+    return ["In Python:", "", "```python", *(line.replace("'", '"') for line in code), "```", ""]
+
+
+def maps_table() -> str:
+    """The registered weight maps, with the classes of exactness that each can give."""
+    lines = ["| part | from | to | gives | what it does | source |", "| --- | --- | --- | --- | --- | --- |"]
+    for m in map_entries():
+        first = (m.function.__doc__ or "").strip().split("\n\n")[0]
+        said = (m.category, f"`{m.old}`", f"`{m.new}`", ", ".join(m.gives), first, m.source)
+        lines.append("| " + " | ".join(map(_cell, said)) + " |")
+    return "\n".join([*lines, ""])
 
 
 def category_page(category: str, found: list[Entry]) -> str:
@@ -201,21 +267,27 @@ def results_page(files: list[Path]) -> str:
     if not files:
         lines += ["Nothing has been measured yet.", ""]
     for file in files:
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-            rows, name = result["rows"], result["name"]
-            facts = [result["date"], result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())]
-            command = result["command"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"not a result: {error!r}", where=str(file), remedy="give name, date, device, versions, command, rows"
-            ) from None
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines += [f"## {name}", "", f"`{command}`", "", " · ".join(facts), ""]
-        lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-        lines += ["| " + " | ".join(_number(row.get(column)) for column in columns) + " |" for row in rows]
-        lines.append("")
+        lines += result_lines(file, heading=True)
     return "\n".join(lines)
+
+
+def result_lines(file: Path, heading: bool = False) -> list[str]:
+    """One file of results. Raises DataError for one out of form."""
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows, name = result["rows"], result["name"]
+        facts = [result["date"], result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())]
+        command = result["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"not a result: {error!r}", where=str(file), remedy="give name, date, device, versions, command, rows"
+        ) from None
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"## {name}", ""] if heading else []
+    lines += [f"`{command}`", "", " · ".join(facts), ""]
+    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(_number(row.get(column)) for column in columns) + " |" for row in rows]
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -238,6 +310,7 @@ def main() -> None:
         links = ", ".join(f"[{e.kind}]({category}/{e.kind}.md)" for e in found)
         overview.append(f"| [{category}]({category}/index.md) | {links} |")
     (OUT / "parts" / "index.md").write_text("\n".join([*overview, ""]), encoding="utf-8")
+    (OUT / "maps.md").write_text(maps_table(), encoding="utf-8")
     files = sorted((DOCS / "results").glob("*.json"))
     (OUT / "results.md").write_text(results_page(files), encoding="utf-8")
     print(f"docs/generated: {len(entries())} parts, {len(files)} results")
@@ -263,9 +336,11 @@ def _type(cls: type[Spec], name: str) -> str:
         many = "list of " if "tuple" in str(annotation) else ""
         empty = " or null" if type(None) in get_args(annotation) else ""
         return f"{many}[{category}](../{category}/index.md){empty}"
-    text = str(annotation) if get_args(annotation) else getattr(annotation, "__name__", str(annotation))
-    text = text.replace("typing.", "").replace("None", "null")
-    return f"`{text}`".replace("|", "or").replace(" or ", "` or `")
+    several = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    bare = [get_args(a)[0] if get_origin(a) is Annotated else a for a in several]
+    texts = ["null" if a is type(None) else str(a) if get_args(a) else getattr(a, "__name__", str(a)) for a in bare]
+    texts = [re.sub(r"Annotated\[(\w+), FieldInfo\([^]]*\]\)\]", r"\1", text) for text in texts]
+    return " or ".join(f"`{text.replace('typing.', '').replace('|', 'or')}`" for text in texts)
 
 
 def _default(info: FieldInfo) -> str:
@@ -295,7 +370,7 @@ def _text(doc: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
+import placed
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dovetail.adapters import adapt
 from dovetail.errors import BuildError
+from dovetail.hub import load
 from dovetail.kernels.attention import Content, Side
+from dovetail.objectives.distillation import kl
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
 from dovetail.parts.mask import Causal
 from dovetail.parts.position.rotary import plain_frequencies
 from dovetail.parts.weights import initialise
-from dovetail.spec import Slot, Spec
+from dovetail.spec import Slot, Spec, kinds
 from dovetail.spec.paths import fold
 
 DIM, CONTEXT = 32, 2048  # width of the head (and of vectors) that is drawn, and the length it was trained at
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "pydoc-llama"
 GRID = 7  # side of the grid of tokens that is drawn
 COLOURS = {
     "model": "#dfe7fd", "container": "#dfe7fd", "block": "#e2ece9", "mixer": "#fde2e4", "feedforward": "#fff1e6",
@@ -225,15 +231,85 @@ def norm(spec: Spec) -> Figure:
 
 
 def storage(spec: Any) -> Figure:
-    """What a block of weights between -1 and 1 becomes, and what that is off by."""
+    """The values that there are, what a weight is off by, and the error against bits of every storage there is."""
     weight = torch.linspace(-1, 1, 2001)[None]
-    stored = spec.replace(block=2002).store(weight)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for ax, values, label in zip(
-        axes, (stored.dense(), stored.dense() - weight), ("stored weight", "error"), strict=True
-    ):
-        ax.plot(weight[0], values[0], lw=0.9)
-        ax.set(xlabel="weight / absmax of its block", ylabel=label)
+    stored = spec.replace(block=2002).store(weight).dense()
+    normal = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    scaled = normal.view(-1, 64)
+    axes[0].hist((scaled / scaled.abs().amax(1, keepdim=True)).flatten().numpy(), 200, density=True, color="#dfe7fd")
+    levels = stored.unique()
+    axes[0].vlines(levels, 0, 0.25, color="#d1495b", lw=1.2 if len(levels) < 64 else 0.3)
+    axes[0].set(xlabel="normal weight / absmax of 64", ylabel="density", title=f"{len(levels)} values (red)")
+    axes[1].plot(weight[0], (stored - weight)[0], lw=0.9)
+    axes[1].set(xlabel="weight / absmax of its block", ylabel="error")
+    for kind in kinds("storage"):
+        for double in (False, True) if kind == "nf4" else (None,):
+            points = []
+            for block in (32, 64, 128, 256, 512):
+                fields = {"kind": kind, "block": block} | ({} if double is None else {"double": double})
+                kept: Any = Spec.parse("storage", fields)
+                kept = kept.store(normal)
+                points.append((kept.bits_per_weight, float((kept.dense() - normal).norm() / normal.norm())))
+            label = f"{kind}, double" if double else kind
+            axes[2].loglog(*zip(*points, strict=True), "o-", ms=3, lw=1.6 if kind == spec.kind else 0.6, label=label)
+    axes[2].set(xlabel="bits a weight, blocks of 32 to 512", ylabel="relative error, normal weights")
+    axes[2].set_xticks([4, 5, 6, 8, 9], ["4", "5", "6", "8", "9"])
+    axes[2].minorticks_off()
+    axes[2].legend(fontsize=8)
+    return figure
+
+
+def lora_init(spec: Any) -> Figure:
+    """Singular values of a real weight, and of what the start puts beside it, at rank 16."""
+    model = load(BUNDLED, dtype="float32")
+    place: Any = model.get_submodule("blocks.0.feedforward.down")
+    weight = place.dense().detach()
+    adapt(model, {"kind": "lora", "rank": 16, "start": spec, "targets": ["blocks.0.feedforward.down"]})
+    module: Any = place.attached()["default"]
+    (a, b), now = module.pairs()[0], place.dense().detach()
+    product = module.scales[0] * (b @ a).detach()
+    series = {"W": weight, "A": a.detach(), "B": b.detach(), "scale · B A": product}
+    if not torch.equal(now, weight):
+        series |= {"W − Q": weight - now, "W − Q − scale · B A": weight - now - product}
+    figure, ax = _axes("number", "singular value", size=(7, 3.6))
+    for label, matrix in series.items():
+        values, norm = torch.linalg.svdvals(matrix), float(matrix.norm())
+        if label == "W":
+            ax.fill_between(range(1, len(values) + 1), values, color="#dfe3ea", label=f"{label}: norm {norm:.3g}")
+        elif norm < 1e-4:
+            ax.plot([], [], label=f"{label}: 0")
+        else:
+            values = values[:16] if label in ("A", "B", "scale · B A") else values
+            ax.plot(range(1, len(values) + 1), values, "o-", ms=2.5, lw=0.9, label=f"{label}: norm {norm:.3g}")
+    ax.set_xscale("log")
+    ax.set_title("at the start, feedforward.down of block 0 of the bundled model", fontsize=9)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def objective(spec: Any) -> Figure | None:
+    """Of distillation: what a student that can say one hump alone learns from a teacher of two, in either direction."""
+    if spec.kind != "distillation":
+        return None
+    ids = torch.arange(64, dtype=torch.float64)
+    teacher = torch.logaddexp(-((ids - 16) ** 2) / 30, -((ids - 46) ** 2) / 60 - 0.3)[None]
+    figure, ax = _axes("id", "probability", size=(6, 3.2))
+    ax.fill_between(ids, teacher.softmax(-1)[0], color="#dfe3ea", label="teacher")
+    for direction, colour in (("forward", "#d1495b"), ("reverse", "#30638e")):
+        mean, width = torch.tensor(18.0, dtype=torch.float64), torch.tensor(1.2, dtype=torch.float64)
+        hump = [mean.requires_grad_(), width.requires_grad_()]
+        optimiser = torch.optim.Adam(hump, lr=0.05)
+        student, loss = teacher, torch.zeros(1)
+        for _ in range(3000):
+            student = (-((ids - mean) ** 2) / (2 * width.exp() ** 2))[None]
+            loss, grad = kl(student.detach(), teacher, torch.ones(1, dtype=torch.bool), 1.0, direction, True)
+            optimiser.zero_grad()
+            student.backward(grad)
+            optimiser.step()
+        ax.plot(ids, student.detach().softmax(-1)[0], color=colour, label=f"{direction}: KL {float(loss):.2f} nats")
+    ax.set_title("a student of one hump, begun at the left one and trained to the end", fontsize=9)
+    ax.legend(fontsize=8)
     return figure
 
 
@@ -293,5 +369,5 @@ def _axes(xlabel: str, ylabel: str = "", size: tuple[float, float] = (6, 3.4)) -
 
 PAINTERS: dict[str, Callable[[Any], Figure | None]] = {
     "activation": activation, "mask": mask, "position": position, "rope_scaling": rope_scaling, "init": init,
-    "norm": norm, "storage": storage,
+    "norm": norm, "storage": storage, "adapter": placed.places, "lora_init": lora_init, "objective": objective,
 }  # fmt: skip

@@ -6,8 +6,7 @@
     position     one position for another, tables of another length
     ties         a head tied to the embedding, or freed from it
 
-A map of the storage of weights (int8, NF4) belongs here too, as `storage.py`, beside the part that stores them.
-Maps to more or fewer layers, ids or neurons chosen by importance are functions of their own in `dovetail.surgery`:
+How weights are kept (int8, NF4) is in no spec: `quantise`, in `surgery/storage.py`, changes it in place. Maps to more or fewer layers, ids or neurons chosen by importance are functions of their own in `dovetail.surgery`:
 which layer, id or neuron goes where is not in the spec.
 """
 
