@@ -148,9 +148,15 @@ def test_the_page_needs_nothing_from_elsewhere(result: Any) -> None:
     assert not read.tags & {"script", "link", "img", "iframe", "image"}
     assert len(read.ids) == len(set(read.ids)), "ids of one plot are not those of another"
     assert {ref[1:] for ref in read.inner} <= set(read.ids), "and each finds its own"
-    assert "prefers-color-scheme: dark" in page and page.count("<svg") == 3
-    for plot in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
-        assert "nats/token" in plot and ("position in the row" in plot or "state bytes" in plot), "axes have labels"
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    lengths = {arm.length for arm in result.arms}
+    assert "prefers-color-scheme: dark" in page and len(plots) == 2 * len(lengths) + 1
+    labels = ("position in the row", "state bytes", "relative error of the hidden state")
+    assert [sum(label in plot for plot in plots) for label in labels] == [len(lengths), len(lengths), 1], (
+        "axes have labels"
+    )
+    for plot in plots:
+        assert "nats/token" in plot or "block" in plot
         assert "currentColor" in plot and "#010203" not in plot and "#000000" not in plot, "ink is the page's"
     for fact in (*result.versions.values(), result.device, result.date, f"computed in {result.dtype}", "kv_heads"):
         assert fact in page

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import dovetail as dt
 from dovetail import report
 from dovetail.errors import DataError, RunError
-from dovetail.report.measure import by_position, divergence, quality, rows_of, spans, token_nats
+from dovetail.report.measure import by_position, divergence, layer_errors, quality, rows_of, spans, token_nats
 from dovetail.report.text import recut, rows_within
 
 
@@ -125,3 +125,22 @@ def test_the_files_of_the_room_import_each_other_in_one_order() -> None:
         graph[path.stem] |= {a.name for n in inside if n.module == "dovetail.report" for a in n.names}
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert order.index("results") < order.index("compare") and set(order) == set(graph)
+
+
+def test_hidden_states_layer_by_layer(model: Any) -> None:
+    """Zero against itself; against another the formula, token by token; left out with a reason where depths differ."""
+    tokens = rows(3, 8)
+    assert layer_errors(model, model, tokens).errors == (0.0,) * len(model.blocks)
+    other = dt.build(model.spec, seed=1).eval()
+    states: dict[Any, list[torch.Tensor]] = {model: [], other: []}
+    for one, kept in states.items():
+        hooks = [b.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o.double())) for b in one.blocks]
+        with torch.no_grad():
+            one(tokens)
+        for hook in hooks:
+            hook.remove()
+    wanted = [((h - r).norm(dim=-1) / r.norm(dim=-1)).mean().item() for h, r in zip(states[other], states[model])]
+    found = layer_errors(other, model, tokens)
+    assert found.errors == pytest.approx(wanted, rel=1e-4) and found.errors[found.worst] == max(found.errors)
+    deeper = dt.build(model.spec.replace(depth=model.spec.depth + 1, blocks=model.spec.blocks[:1])).eval()
+    assert not layer_errors(deeper, model, tokens).errors and "blocks here" in layer_errors(deeper, model, tokens).why

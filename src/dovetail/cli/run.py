@@ -136,6 +136,7 @@ def swap(
     from dovetail.errors import CheckpointError, ConfigError
     from dovetail.hub import load, load_tokenizer, save
     from dovetail.hub.remote import resolve
+    from dovetail.report import html
     from dovetail.report.swap import swap as do
     from dovetail.spec import parse_assignment
     from dovetail.training.recipe import read_yaml
@@ -161,6 +162,7 @@ def swap(
         save(new, out, format="dovetail", tokenizer_from=folder)
     data = report.to_dict() | {"out": str(out), "format": chosen}
     (out / "swap-report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    (out / "swap-report.html").write_text(html.page(report), encoding="utf-8")
     if as_json:
         print(json.dumps(data))
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dovetail.errors import SpecError, UserError
 from dovetail.report import heal as healing
-from dovetail.report.measure import Quality, divergence, in_dtype, quality, token_nats
+from dovetail.report.measure import Quality, divergence, in_dtype, layer_errors, quality, token_nats
 from dovetail.report.recipe import Arm, tokens_of
 from dovetail.spec import override
 from dovetail.surgery import Transplant, transplant
@@ -20,6 +20,7 @@ from dovetail.surgery import Transplant, transplant
 Stage = Literal["as it is", "healed"]
 STAGES: tuple[Stage, ...] = ("as it is", "healed")
 _KL_TOKENS = 4096
+_LAYER_TOKENS = 1024  # the hidden states of all layers are held at once
 
 
 @dataclass
@@ -182,14 +183,16 @@ def _score(
 ) -> None:
     nats = token_nats(measured, rows, see=trial.see, stride=trial.stride)
     first = stage not in trial.nats
-    kl = None
+    kl, layers = None, None
     if first and measured is not reference:
         context = min(getattr(reference.spec, "context", None) or trial.length, trial.length)
         kl = divergence(measured, reference, rows[: max(1, _KL_TOKENS // context), :context])
+        some = min(context, _LAYER_TOKENS)
+        layers = layer_errors(measured, reference, rows[: _LAYER_TOKENS // some, :some])
     least = trial.length if trial.see is None else trial.see - (trial.stride or max(1, trial.see // 2)) + 1
     seen = (trial.length, trial.length) if trial.see is None else (least, trial.see)
     trial.nats.setdefault(stage, []).append(nats)
-    trial.quality.setdefault(stage, []).append(quality(nats, context=seen, kl=kl))
+    trial.quality.setdefault(stage, []).append(quality(nats, context=seen, kl=kl, layers=layers))
     trial.seeds[stage] = (*trial.seeds.get(stage, ()), seed)
     trial.random[stage] = drawn
     if first:

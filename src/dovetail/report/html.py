@@ -1,15 +1,18 @@
-"""A comparison as one self-contained page: nothing is fetched, light and dark both read."""
+"""A comparison, or a swap, as one self-contained page: nothing is fetched, light and dark both read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from dovetail.report import plots
-from dovetail.report.render import bounded, computed, growth, merged, rate, said, si
-from dovetail.report.results import ArmResult, Result
+from dovetail.report.arms import Verdict
+from dovetail.report.measure import Layers
+from dovetail.report.render import bounded, computed, growth, layer_cells, left_out, merged, rate, said, si
+from dovetail.report.results import ArmResult, Column, Report, Result, facts
+from dovetail.surgery import Move
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --soft: #5c6470; --paper: #fff; --line: #d9dde3; --good: #1a7f4b;
@@ -32,34 +35,74 @@ pre, code { font: 13px/1.5 ui-monospace, monospace; } pre { background: var(--ti
 """
 
 
-def page(result: Result) -> str:
+def page(found: Result | Report) -> str:
     """The whole page as text."""
+    return _comparison(found) if isinstance(found, Result) else _swap(found)
+
+
+def _comparison(result: Result) -> str:
+    before = {arm.name: arm.name.removesuffix(f", {arm.stage}") for arm in result.arms if arm.stage == "healed"}
+    colours = plots.palette([arm.name for arm in result.arms], before)
+    rivals = {v.rival if v.stage == "as it is" else f"{v.rival}, {v.stage}" for v in result.verdicts}
     lengths = list(dict.fromkeys(arm.length for arm in result.arms))
     body = [
         f"<h1>{escape(result.name)}</h1><p>{escape(result.title)}</p>",
         f'<p class="soft">{escape(result.date)} · {escape(result.device)}, computed in {escape(result.dtype)} · '
         + escape(", ".join(f"{k} {v}" for k, v in result.versions.items()))
         + f" · <code>{escape(result.command)}</code></p>",
-        *(part for length in lengths for part in _by_position(result, length)),
+        *(part for length in lengths for part in _by_position(result, length, colours, before)),
+        _layers(result.arms, colours, before),
         "<h2>State and speed</h2>" + _costs(result.arms),
         f'<p class="soft">{escape(computed(result.dtype, result.arms[0].cost))} State: what decoding one row remembers. '
         + " ".join(escape(note) for note in bounded((a.name, a.see) for a in result.arms))
         + " Speed: medians of rounds in which every arm took its turn in one process, batch 1, eager; in brackets the median ratio to the first arm of the same length, round by round. "
         f"Peak memory: of a prefill, above the weights{_memory_note(result)}.</p>",
-        "<h2>Quality against cost</h2>" + _quality_cost(result),
-        "<h2>Orders</h2>" + _verdicts(result) + f'<p class="soft">{escape(result.claims)}</p>',
-        "<h2>What was changed</h2>" + _changes(result.arms),
+        *(_quality_cost([a for a in result.arms if a.length == n], n, colours, before, rivals) for n in lengths),
+        "<h2>Orders</h2>"
+        + (_verdicts(result.verdicts) or "<p>No arm of this recipe names a rival.</p>")
+        + f'<p class="soft">{escape(result.claims)}</p>',
+        "<h2>What was changed</h2>" + (_changed(result.arms) or "<p>Nothing was swapped.</p>"),
         "<h2>Text, model, recipe</h2>" + _sources(result),
     ]
     if result.samples:
         body.append(f"<h2>Samples</h2><p>{escape(result.samples_are)}.</p>" + _samples(result))
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(result.name)}</title>'
-    )
+    return _whole(result.name, body)
+
+
+def _swap(report: Report) -> str:
+    """What changed, what became of the weights, the columns side by side."""
+    before = {c.name: c.name.removesuffix(", healed") for c in report.columns if c.name.endswith(", healed")}
+    colours = plots.palette([c.name for c in report.columns], before)
+    kept = f"{len(report.carried)} tensors carried, {len(report.reinitialised)} with anything re-initialised, "
+    notes = bounded((c.name, c.see) for c in report.columns)
+    scored = [c for c in report.columns if c.nats is not None]
+    rivals = {c.name for c in scored if c.name.startswith("rival")}
+    body = [
+        "<h1>Swap</h1>"
+        + f'<p class="soft">{escape(report.device)}, computed in {escape(report.computed_in)} · '
+        + escape(", ".join(f"{k} {v}" for k, v in report.versions.items()))
+        + "</p>",
+        "<h2>What was changed</h2>" + _changes(report.diff, report.moves),
+        f"<p>{kept}{len(report.dropped)} dropped.</p>",
+        f"<h2>At {report.length} tokens</h2>"
+        + table(["", *(c.name for c in report.columns)], [[name, *cells] for name, cells in facts(report)])
+        + f'<p class="soft">{escape(computed(report.computed_in, report.columns[0].cost))} {escape(" ".join(notes))}</p>'
+        + f"<p>rival: {escape(report.rival)}</p>"
+        + _verdicts(report.verdicts),
+        _layers(report.columns, colours, before),
+        _quality_cost(scored, report.length, colours, before, rivals) if scored else "",
+    ]
+    if report.tokens_sha256 is not None:
+        body.append(f"<p>{report.rows} rows scored, tokens_sha256: <code>{report.tokens_sha256}</code></p>")
+    return _whole("Swap", body)
+
+
+def _whole(title: str, body: Iterable[str]) -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(body)}</body></html>\n'
 
 
-def _by_position(result: Result, length: int) -> list[str]:
+def _by_position(result: Result, length: int, colours: Mapping[str, str], healed: Mapping[str, str]) -> list[str]:
     here = [arm for arm in result.arms if arm.length == length]
     times = "" if result.context is None else f", {length / result.context:g}x the trained context"
     series = {
@@ -76,7 +119,8 @@ def _by_position(result: Result, length: int) -> list[str]:
         y="nats/token",
         mark=mark,
         mark_is="trained context",
-        like=_healed(here),
+        colours=colours,
+        dashed=healed,
     )
     spans = (f"{b.start}-{b.stop - 1}" for b in merged(here[0].by_position()))
     head = ["arm", "nats/token", "spread over seeds", "seeds", *spans, "KL from the model as it was"]
@@ -102,9 +146,25 @@ def _by_position(result: Result, length: int) -> list[str]:
     ]
 
 
-def _healed(arms: Iterable[ArmResult]) -> dict[str, str]:
-    """Healed arms by name, and the arm that each was before."""
-    return {arm.name: arm.name.removesuffix(f", {arm.stage}") for arm in arms if arm.stage == "healed"}
+def _layers(found: Iterable[ArmResult | Column], colours: Mapping[str, str], healed: Mapping[str, str]) -> str:
+    """Hidden states against the model as it was, after every block."""
+    layers: dict[str, Layers] = {one.name: one.layers for one in found if one.layers is not None}
+    apart = {name: some.errors for name, some in layers.items() if some.errors}
+    if not layers:
+        return ""
+    body = "".join(f"<p>{escape(note)}</p>" for note in left_out(layers.items()))
+    if apart:
+        series = {name: (range(len(errors)), errors) for name, errors in apart.items()}
+        plot = plots.lines(
+            series, x="block", y="relative error of the hidden state", colours=colours, dashed=healed, floor=0.0
+        )
+        rows = [[name, *layer_cells(layers[name])] for name in apart]
+        body = plot + table(["", "after the first block", "after the last", "worst (block)"], rows) + body
+    return (
+        "<h2>Layer by layer</h2>" + body + '<p class="soft">‖h − h₀‖ / ‖h₀‖ after every block, averaged over tokens: '
+        "h₀ is the hidden state of the model as it was, for the same tokens, within its trained context. Of the first "
+        "seed.</p>"
+    )
 
 
 def _costs(arms: Sequence[ArmResult]) -> str:
@@ -129,40 +189,74 @@ def _memory_note(result: Result) -> str:
     return escape("".join(f" ({how})" for how in hows))
 
 
-def _quality_cost(result: Result) -> str:
-    series = {arm.name: (float(arm.cost.size.state_bytes), arm.nats) for arm in result.arms}
-    x = f"state bytes of one row, {result.arms[0].cost.size.dtype} (log scale)"
-    note = (
-        '<p class="soft">Lower and further left is better. Arms scored at other lengths answer with other contexts.</p>'
-    )
-    return plots.points(series, x=x, y="nats/token", like=_healed(result.arms)) + note
+def _quality_cost(
+    found: Sequence[ArmResult | Column],
+    length: int,
+    colours: Mapping[str, str],
+    healed: Mapping[str, str],
+    rivals: set[str],
+) -> str:
+    """nats/token of all that were scored on the same rows against what each costs."""
+    sizes = [one.cost.size for one in found]
+    kinds = {
+        f"state bytes/token, {sizes[0].dtype}": [size.state_bytes / length for size in sizes],
+        "parameters": [float(size.parameters) for size in sizes],
+        "FLOPs/token": [size.flops_per_token for size in sizes],
+    }
+    apart = {kind: costs for kind, costs in kinds.items() if len(set(costs)) > 1}
+    same = [f"{kind} ({si(costs[0])})" for kind, costs in kinds.items() if kind not in apart]
+    body = f"<p>The same for all: {escape(', '.join(same))}.</p>" if same else ""
+    if apart:
+        marks = [
+            plots.Mark(
+                one.name, across, one.nats or 0.0, healed.get(one.name, one.name) in rivals, healed.get(one.name)
+            )
+            for one, across in zip(found, zip(*apart.values(), strict=True), strict=True)
+        ]
+        body = plots.ladder(marks, xs=list(apart), y="nats/token", colours=colours) + body
+        body += (
+            '<p class="soft">Lower and further left is better. Hollow: a trivial rival. A line leads from what was swapped '
+            "to the same when healed. State: what decoding a whole row remembers, divided by its tokens.</p>"
+        )
+    return f"<h2>Quality against cost: rows of {length} tokens</h2>" + body
 
 
-def _verdicts(result: Result) -> str:
+def _verdicts(verdicts: Iterable[Verdict]) -> str:
     rows = []
-    for v in result.verdicts:
+    for v in verdicts:
         stage = "" if v.stage == "as it is" else f", {v.stage}"
         spread = "unknown: one seed" if v.spread is None else f"{v.spread:.4f}"
         error = "unknown: one row" if v.error is None else f"{v.error:.4f}"
         word = f'<span class="{v.outcome.split()[0]}">{escape(v.outcome)}</span>'
         rows.append([escape(v.arm + stage), word, escape(v.rival + stage), f"{v.gap:+.4f}", spread, error])
     head = ["arm", "outcome", "rival", "gap, nats/token", "spread over seeds", "error over rows"]
-    return table(head, rows, safe=True) if rows else "<p>No arm of this recipe names a rival.</p>"
+    return table(head, rows, safe=True) if rows else ""
 
 
-def _changes(arms: Iterable[ArmResult]) -> str:
-    out = []
-    for arm in arms:
-        if (not arm.diff and not arm.moves) or arm.stage != "as it is":
-            continue
-        rows = [[path, "" if old is None else str(old), "" if new is None else str(new)] for path, old, new in arm.diff]
-        groups: dict[tuple[str, str], list[int]] = {}
-        for move in arm.moves:
-            groups.setdefault((move.exactness, move.how), []).append(move.count)
-        moves = [[f"{e}: {how}", f"{len(n)}", f"{sum(n):,}"] for (e, how), n in groups.items()]
-        out.append(f"<details open><summary>{escape(arm.name)}</summary>" + table(["spec", "from", "to"], rows))
-        out.append((table(["weights", "parts", "scalars"], moves) if moves else "") + "</details>")
-    return "".join(out) or "<p>Nothing was swapped.</p>"
+def _changed(arms: Iterable[ArmResult]) -> str:
+    return "".join(
+        f"<details open><summary>{escape(arm.name)}</summary>{_changes(arm.diff, arm.moves)}</details>"
+        for arm in arms
+        if (arm.diff or arm.moves) and arm.stage == "as it is"
+    )
+
+
+def _changes(diff: Iterable[tuple[str, Any, Any]], moves: Iterable[Move]) -> str:
+    rows = [[path, "" if old is None else str(old), "" if new is None else str(new)] for path, old, new in diff]
+    groups: dict[tuple[str, str], list[Move]] = {}
+    for move in moves:
+        groups.setdefault((move.exactness, move.how), []).append(move)
+    became = [
+        [f"{exactness}: {how}", len(some), f"{sum(m.count for m in some):,}", _worst(some)]
+        for (exactness, how), some in groups.items()
+    ]
+    weights = table(["weights", "parts", "scalars", "largest error"], became) if became else ""
+    return table(["spec", "from", "to"], rows) + weights
+
+
+def _worst(moves: Iterable[Move]) -> str:
+    errors = [move.error for move in moves if move.error is not None]
+    return f"{max(errors):.3g}" if errors else ""
 
 
 def _sources(result: Result) -> str:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import DataError, RunError, UserError
+from dovetail.objectives.distillation import recorded
+from dovetail.parts.containers import StackModule
 
 _TOKENS = 8192  # tokens a forward: enough for full matmul speed, small enough for any machine
 _LOGITS = 2**23  # logits held at a time (32 MB in fp32)
@@ -32,11 +34,29 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """How far the hidden states after each block, from block 0 on, are from a reference's.
+
+    errors: mean over tokens of ‖h − r‖ / ‖r‖, with h and r the model's and the reference's vector for the same token
+    after the same block; a mean of ratios, because the few tokens whose states are huge (Sun et al. 2024, Massive
+    Activations) would be all that a ratio of means could see. why: what cannot be compared, where there are none.
+    """
+
+    errors: tuple[float, ...]
+    why: str = ""
+
+    @property
+    def worst(self) -> int:
+        """The block with the largest error."""
+        return max(range(len(self.errors)), key=lambda i: self.errors[i])
+
+
+@dataclass(frozen=True)
 class Quality:
     """nats: mean nats/token. error: its standard error over rows (None for one row). tokens: questions asked.
 
     context: (fewest, most) tokens that a question deep in a row may see. kl: mean over tokens of
-    KL(reference || model) in nats, None where it was not measured.
+    KL(reference || model) in nats, layers: hidden states against the reference's; None where they were not measured.
     """
 
     nats: float
@@ -45,6 +65,7 @@ class Quality:
     by_position: tuple[Bucket, ...]
     context: tuple[int, int]
     kl: float | None = None
+    layers: Layers | None = None
 
 
 def rows_of(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
@@ -128,14 +149,50 @@ def divergence(model: Any, reference: Any, rows: Tensor) -> float:
     return total / count
 
 
+@torch.no_grad()
+def layer_errors(model: Any, reference: Any, rows: Tensor) -> Layers:
+    """Hidden states after every block of `model` against those of `reference`, for rows (R,T), in fp32 (fp64 if theirs).
+
+    The states of one forward of both are held at once: rows of few tokens suffice. Left out, with the reason, where
+    depths or widths differ or a model has not one stack of blocks.
+    """
+    check_rows(model, rows)
+    stacks = [[m for m in one.modules() if isinstance(m, StackModule)] for one in (model, reference)]
+    if any(len(some) != 1 for some in stacks):
+        return Layers((), f"{len(stacks[0])} stacks of blocks here, {len(stacks[1])} in the model as it was")
+    if model is reference:
+        return Layers((0.0,) * len(stacks[0][0].blocks))
+    total, per = torch.zeros(()), max(1, _TOKENS // rows.shape[1])
+    ours, theirs = (some[0].blocks for some in stacks)
+    with evaluating(model), evaluating(reference), recorded(ours) as here, recorded(theirs) as there:
+        for some in rows.split(per):
+            here.clear()
+            there.clear()
+            for one in (model, reference):
+                one(some.to(device_of(one)), logits=False)
+            if len(here) != len(there):
+                return Layers((), f"{len(here)} blocks here, {len(there)} in the model as it was")
+            wide = [call.output.shape[-1] for call in (here[0], there[0])]
+            if wide[0] != wide[1]:
+                return Layers((), f"hidden states are {wide[0]} wide here, {wide[1]} in the model as it was")
+            total = total + torch.stack([_relative(a.output, b.output) for a, b in zip(here, there, strict=True)]).cpu()
+    return Layers(tuple((total / rows.numel()).tolist()))
+
+
 def quality(
-    nats: Tensor, *, buckets: int = 16, context: tuple[int, int] | None = None, kl: float | None = None
+    nats: Tensor,
+    *,
+    buckets: int = 16,
+    context: tuple[int, int] | None = None,
+    kl: float | None = None,
+    layers: Layers | None = None,
 ) -> Quality:
     """Summary of token_nats (R,T-1); buckets: equal parts of the row for the loss by position."""
     length = nats.shape[1]
     rows = nats.double().mean(1)
     error = float(rows.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
-    return Quality(float(rows.mean()), error, nats.numel(), by_position(nats, buckets), context or (length, length), kl)
+    seen = context or (length, length)
+    return Quality(float(rows.mean()), error, nats.numel(), by_position(nats, buckets), seen, kl, layers)
 
 
 def by_position(nats: Tensor, buckets: int) -> tuple[Bucket, ...]:
@@ -205,6 +262,13 @@ def in_dtype(model: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None or all(p.dtype == dtype for p in model.parameters()):
         return model
     return copy.deepcopy(model).to(dtype)
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Σ over tokens of ‖h − r‖ / ‖r‖, for (B,T,C)."""
+    wide = torch.float64 if ours.dtype == torch.float64 else torch.float32
+    h, r = ours.to(wide), theirs.to(ours.device, wide)
+    return ((h - r).norm(dim=-1) / r.norm(dim=-1).clamp_min(1e-12)).double().sum()
 
 
 def _nats(model: Any, h: Tensor, labels: Tensor) -> Tensor:

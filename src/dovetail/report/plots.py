@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -23,67 +25,119 @@ def lines(
     y: str,
     mark: float | None = None,
     mark_is: str = "",
-    like: Mapping[str, str] | None = None,
+    colours: Mapping[str, str],
+    dashed: Iterable[str] = (),
+    floor: float | None = None,
 ) -> str:
-    """Curves by name. mark: where a vertical line stands, and what it is. like: curves drawn dashed, in the colour of
-    the one named."""
-    from matplotlib.ticker import FuncFormatter  # here and below: a second to import, and only a page needs it
+    """Curves by name, over whole numbers. mark: where a vertical line stands, and what it is. floor: where up begins."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator  # here and below: slow to import, and only a page needs it
 
     figure, axes = _figure()
-    colours = _colours(series, like or {})
     for name, (across, up) in series.items():
-        style = "--" if name in (like or {}) else "-"
+        style = "--" if name in dashed else "-"
         axes.plot(across, up, style, color=colours[name], label=name, marker="o", markersize=3, linewidth=1.6)
     if mark is not None:
         axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=":")
         axes.annotate(
             mark_is, (mark, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points", color=_INK
         )  # fmt: skip
+    if floor is not None:
+        axes.set_ylim(bottom=floor)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    return _finished(figure, axes, x, y)
+    return _finished(figure, [axes], [x], y)
 
 
-def points(series: Mapping[str, tuple[float, float]], *, x: str, y: str, like: Mapping[str, str] | None = None) -> str:
-    """One point a name, across on a log scale. like: points drawn hollow, in the colour of the one named."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+@dataclass(frozen=True)
+class Mark:
+    """One way of having a model. across: what it costs, in every panel. up: its quality. hollow: drawn as an outline.
 
-    figure, axes = _figure()
-    colours = _colours(series, like or {})
-    marks = dict(zip(dict.fromkeys(colours.values()), "os^DvPX*<>" * 9, strict=False))
-    for name, (across, up) in series.items():
-        colour = colours[name]
-        face = "none" if name in (like or {}) else colour
-        axes.plot([across], [up], marks[colour], color=colour, markerfacecolor=face, label=name, markersize=7)
-    if all(across > 0 for across, _ in series.values()):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
-    return _finished(figure, axes, x, y)
+    before: the mark from which a thin line leads here.
+    """
+
+    name: str
+    across: tuple[float, ...]
+    up: float
+    hollow: bool = False
+    before: str | None = None
 
 
-def _colours(names: Mapping[str, Any], like: Mapping[str, str]) -> dict[str, str]:
+def ladder(marks: Sequence[Mark], *, xs: Sequence[str], y: str, colours: Mapping[str, str]) -> str:
+    """Panels side by side with one scale up and one legend: the quality of every mark against each of its costs.
+
+    A panel is on a log scale (and says so) where the largest cost is ten times the smallest or more.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    figure, panels = _figure(len(xs))
+    shapes = dict(zip(dict.fromkeys(colours.values()), "os^DvPX*<>" * 9, strict=False))
+    places, names = {mark.name: mark for mark in marks}, []
+    for i, (axes, x) in enumerate(zip(panels, xs, strict=True)):
+        for mark in marks:
+            colour = colours[mark.name]
+            face = "none" if mark.hollow else colour
+            if mark.before is not None:
+                start = places[mark.before]
+                axes.plot([start.across[i], mark.across[i]], [start.up, mark.up], color=colour, linewidth=0.9)
+            size = 7 if mark.before is None else 4.5
+            axes.plot(
+                [mark.across[i]], [mark.up], shapes[colour], color=colour, markerfacecolor=face, label=mark.name,
+                markersize=size, markeredgewidth=1.4,
+            )  # fmt: skip
+        costs = [mark.across[i] for mark in marks]
+        axes.margins(x=0.12)
+        if min(costs) > 0 and max(costs) >= 10 * min(costs):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(
+                LogLocator(10, subs=(1.0, 2.0, 5.0) if max(costs) < 1e3 * min(costs) else (1.0,))
+            )
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            x += " (log scale)"
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        spell = si if axes.get_xscale() == "log" else _spelled(min(costs), max(costs))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, spell=spell: spell(value)))
+        names.append(x)
+    return _finished(figure, panels, names, y)
+
+
+def _spelled(low: float, high: float) -> Callable[[float], str]:
+    """Numbers between two in one unit, with as many decimals as tell neighbouring ticks apart."""
+    unit = si(high)[-1] if si(high)[-1] in "kMGT" else ""
+    factor = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit]
+    step = (high - low) / 4 / factor
+    digits = 0 if step <= 0 else max(0, math.ceil(-math.log10(step)))
+    return lambda value: f"{value / factor:.{digits}f}{unit}"
+
+
+def palette(names: Iterable[str], like: Mapping[str, str]) -> dict[str, str]:
+    """A colour for each name; that of another one for those in `like`, where the other is here."""
+    names = list(names)
     own = [name for name in names if like.get(name) not in names]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(own)}
     return {name: colours[name if name in colours else like[name]] for name in names}
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(panels: int | None = None) -> tuple[Any, Any]:
+    """A figure, and its axes: one, or a list of panels that share the axis up."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.4, 4.0), layout="constrained")
-    return figure, figure.subplots()
+    if panels is None:
+        return figure, figure.subplots()
+    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
 
 
-def _finished(figure: Any, axes: Any, x: str, y: str) -> str:
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.tick_params(colors=_INK, which="both")
-    axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_INK)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9)
+def _finished(figure: Any, panels: Sequence[Any], xs: Sequence[str], y: str) -> str:
+    panels[0].set_ylabel(y, color=_INK)
+    for axes, x in zip(panels, xs, strict=True):
+        axes.set_xlabel(x, color=_INK)
+        axes.tick_params(colors=_INK, which="both")
+        axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(_INK)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9)
     from matplotlib import rc_context
 
     out = io.StringIO()
@@ -93,4 +147,4 @@ def _finished(figure: Any, axes: Any, x: str, y: str) -> str:
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     own = "p" + hashlib.sha256(svg.encode()).hexdigest()[:8]  # several plots stand in one page: ids must differ
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(y)} by {escape(x)}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(y)} by {escape(", ".join(xs))}"', 1)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dovetail.report.arms import Verdict
 from dovetail.report.cost import Cost
-from dovetail.report.measure import Bucket
+from dovetail.report.measure import Bucket, Layers
 
 WIDTH = 100  # columns, where a file or a pipe has no width of its own
 _MARK = {"beats its trivial rival": "green", "loses to its trivial rival": "bold red", "unresolved": "yellow"}
@@ -22,6 +22,23 @@ def computed(dtype: str, cost: Cost) -> str:
     """What the numbers were computed in, and what the bytes are of."""
     held = cost.size.dtype
     return f"computed in {dtype}; bytes are of weights and state in {held}."
+
+
+def layer_cells(layers: Layers | None) -> list[str]:
+    """Hidden-state error after the first, the last and the worst block (with its number); dashes where not measured."""
+    if layers is None or not layers.errors:
+        return ["-"] * 3
+    errors = layers.errors
+    return [f"{errors[0]:.2g}", f"{errors[-1]:.2g}", f"{errors[layers.worst]:.2g} ({layers.worst})"]
+
+
+def left_out(measured: Iterable[tuple[str, Layers | None]]) -> list[str]:
+    """Why hidden states were not compared, for those (name, layers) where they could not be."""
+    return [
+        f"{name}: hidden states are left out, {layers.why}."
+        for name, layers in measured
+        if layers is not None and layers.why
+    ]
 
 
 def growth(cost: Cost, see: int | None) -> str:

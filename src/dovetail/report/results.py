@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,22 @@ from rich.text import Text
 
 from dovetail.report.arms import Stage, Verdict
 from dovetail.report.cost import Cost
-from dovetail.report.measure import Bucket, Quality
+from dovetail.report.measure import Bucket, Layers, Quality
 from dovetail.report.plain import plain
-from dovetail.report.render import as_text, bounded, computed, grid, growth, merged, rate, said, si, verdict_lines
+from dovetail.report.render import (
+    as_text,
+    bounded,
+    computed,
+    grid,
+    growth,
+    layer_cells,
+    left_out,
+    merged,
+    rate,
+    said,
+    si,
+    verdict_lines,
+)
 from dovetail.surgery import Move
 
 
@@ -33,6 +46,11 @@ class Column:
     quality: Quality | None
     nats: float | None
     see: int | None = None
+
+    @property
+    def layers(self) -> Layers | None:
+        """Hidden states against the model as it was; None where they were not measured."""
+        return None if self.quality is None else self.quality.layers
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,11 @@ class ArmResult:
     def kl(self) -> float | None:
         """KL from the model as it was, in nats/token, of the first seed; None where it was not measured."""
         return self.quality[0].kl
+
+    @property
+    def layers(self) -> Layers | None:
+        """Hidden states against the model as it was, of the first seed; None where they were not measured."""
+        return self.quality[0].layers
 
     def by_position(self) -> list[Bucket]:
         """Loss by position, averaged over seeds."""
@@ -206,15 +229,26 @@ def _swapped(report: Report) -> Group:
     lines.append(_columns(report))
     lines.append(Text(computed(report.computed_in, report.columns[0].cost), style="dim"))
     lines += [Text(note, style="dim") for note in bounded((c.name, c.see) for c in report.columns)]
+    lines += [Text(note, style="dim") for note in left_out((c.name, c.layers) for c in report.columns)]
     return Group(*lines, Text(f"rival: {report.rival}"), *verdict_lines(report.verdicts))
 
 
 def _columns(report: Report) -> Table:
     table = grid(f"at {report.length} tokens", *(c.name for c in report.columns), right=len(report.columns))
+    for name, cells in facts(report):
+        table.add_row(name, *cells)
+    return table
+
+
+def facts(report: Report) -> list[tuple[str, list[str]]]:
+    """What was measured of every column: (what, a cell for each), where it was measured of any."""
     dtype = report.columns[0].cost.size.dtype
-    facts: list[tuple[str, Any]] = [
+    asked: list[tuple[str, Any]] = [
         ("nats/token", lambda c: None if c.nats is None else f"{c.nats:.4f}"),
         ("KL from before, nats/token", lambda c: None if c.quality is None or c.quality.kl is None else f"{c.quality.kl:.4f}"),
+        ("hidden-state error, first block", _layer(0)),
+        ("  last block", _layer(1)),
+        ("  worst (block)", _layer(2)),
         ("parameters", lambda c: f"{c.cost.size.parameters:,}"),
         ("FLOPs/token", lambda c: si(c.cost.size.flops_per_token)),
         (f"state bytes/token, {dtype}", lambda c: growth(c.cost, c.see)),
@@ -226,12 +260,13 @@ def _columns(report: Report) -> Table:
     scored = [c.quality for c in report.columns if c.quality is not None]
     if scored:
         for i, bucket in enumerate(merged(scored[0].by_position)):
-            facts.insert(1 + i, (f"  at {bucket.start}-{bucket.stop - 1}", _position(i)))
-    for name, read in facts:
-        cells = [read(c) for c in report.columns]
-        if any(cell is not None for cell in cells):
-            table.add_row(name, *("-" if cell is None else cell for cell in cells))
-    return table
+            asked.insert(1 + i, (f"  at {bucket.start}-{bucket.stop - 1}", _position(i)))
+    rows = [(name, [read(c) for c in report.columns]) for name, read in asked]
+    return [
+        (name, ["-" if cell is None else cell for cell in cells])
+        for name, cells in rows
+        if any(cell is not None for cell in cells)
+    ]
 
 
 def _speed_facts(kind: str) -> list[tuple[str, Any]]:
@@ -251,6 +286,10 @@ def _speed_facts(kind: str) -> list[tuple[str, Any]]:
 
 def _position(index: int) -> Any:
     return lambda c: None if c.quality is None else f"{merged(c.quality.by_position)[index].nats:.4f}"
+
+
+def _layer(index: int) -> Any:
+    return lambda c: layer_cells(c.layers)[index] if c.layers is not None and c.layers.errors else None
 
 
 def _comparison(result: Result) -> Group:
@@ -278,6 +317,10 @@ def _comparison(result: Result) -> Group:
         "spread: over seeds, ? where one seed cannot tell it. KL: from the model as it was, within its trained context."
     )
     lines.append(Text(legend, style="dim"))
+    apart = [arm for arm in result.arms if arm.layers is not None]
+    if any(arm.layers.errors for arm in apart if arm.layers is not None):
+        lines += [Text(""), _layers(apart)]
+    lines += [Text(note, style="dim") for note in left_out((a.name, a.layers) for a in apart)]
     lines += [Text(""), _costs(result), Text(computed(result.dtype, result.arms[0].cost), style="dim")]
     lines += [Text(note, style="dim") for note in bounded((a.name, a.see) for a in result.arms)]
     lines += [
@@ -295,6 +338,20 @@ def _comparison(result: Result) -> Group:
             if s.prompt == prompt
         ]
     return Group(*lines)
+
+
+def _layers(apart: Sequence[ArmResult]) -> Table:
+    table = grid(
+        "arm",
+        "first block",
+        "last block",
+        "worst (block)",
+        right=3,
+        title="hidden states, relative error to the model as it was, within its trained context",
+    )
+    for arm in apart:
+        table.add_row(arm.name, *layer_cells(arm.layers))
+    return table
 
 
 def _costs(result: Result) -> Table:
