@@ -6,9 +6,10 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ def study(
     """Trains every arm with every seed, asks each the same questions, and writes index.html and report.json into `out`.
 
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
-    texts and the questions are the same: an interrupted study goes on where it stood. jobs: runs at a time, each in a process of its own (rates are
-    then not comparable, and left out). Raises SpecError for a recipe that does not fit, and whatever a run raises.
+    texts and the questions are the same: an interrupted study goes on where it stood. jobs: runs at a time, each in a
+    process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out). Raises SpecError for a recipe that does not fit, and whatever a run raises.
     """
     asked = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
@@ -62,18 +63,23 @@ def study(
         task = progress.add_task("runs", total=len(runs), completed=len(found))
         # A process for each run: its peak memory is its own, and nothing of it stays behind.
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            waiting = {
-                pool.submit(_run, asked, arm, seed, keys[arm.name, seed], places[arm.name, seed]): (arm.name, seed)
-                for arm, seed in runs
-                if (arm.name, seed) not in found
-            }
-            for done in as_completed(waiting):
-                try:
-                    found[waiting[done]] = done.result()
-                except DovetailError:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-                progress.update(task, advance=1, description="{}, seed {}".format(*waiting[done]))
+            waiting = [(arm, seed) for arm, seed in reversed(runs) if (arm.name, seed) not in found]
+            free = _gpus(jobs)
+            going: dict[Future[dict[str, Any]], tuple[tuple[str, int], str | None]] = {}
+            while waiting or going:
+                while waiting and free:
+                    arm, seed = waiting.pop()
+                    run, gpu = (arm.name, seed), free.pop(0)
+                    going[pool.submit(_run, asked, arm, seed, keys[run], places[run], gpu)] = run, gpu
+                for done in wait(going, return_when=FIRST_COMPLETED).done:
+                    run, gpu = going.pop(done)
+                    free.append(gpu)
+                    try:
+                        found[run] = done.result()
+                    except DovetailError:
+                        pool.shutdown(cancel_futures=True)
+                        raise
+                    progress.update(task, advance=1, description="{}, seed {}".format(*run))
     rows = [
         row for arm in asked.arms for row in _rows(asked, arm, [found[arm.name, seed] for seed in asked.seeds], jobs)
     ]
@@ -120,8 +126,17 @@ def _kept(folder: Path, key: str) -> dict[str, Any] | None:
     return before if before.get("key") == key else None
 
 
-def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path) -> dict[str, Any]:
-    """What one run finds: kept in `folder` under its key."""
+def _gpus(jobs: int) -> list[str | None]:
+    """The GPU of each of `jobs` runs at a time, in turn, as CUDA_VISIBLE_DEVICES says it; None where there is no choice."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = said.split(",") if said else [str(n) for n in range(torch.cuda.device_count())]
+    return [names[n % len(names)] if len(names) > 1 else None for n in range(jobs)]
+
+
+def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | None) -> dict[str, Any]:
+    """What one run finds: kept in `folder` under its key. In a process of its own, which then sees `gpu` alone."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     recipe = asked.recipe(arm, seed) if asked.trains else None
     shutil.rmtree(folder, ignore_errors=True)
     weights: Any = contextlib.nullcontext()
