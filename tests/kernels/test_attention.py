@@ -275,8 +275,13 @@ def test_the_plan_says_why() -> None:
         ("cpu", causal, Score(cap=5.0), "tiled", "not additive"),
         ("cuda", causal, values, "tiled", "probabilities"),
     ]:
-        chosen = plan(device=device, dtype=torch.float32, queries=200, mask=mask, score=score)
+        queries = 2048 if device == "cuda" else 200
+        chosen = plan(device=device, dtype=torch.float32, queries=queries, mask=mask, score=score)
         assert chosen.path == path and word in chosen.why
+    # Short rows, and those that no training asks for again, are not worth the compilation.
+    with torch.no_grad():
+        assert plan(device="cuda", dtype=torch.float32, queries=2048, mask=window, score=None).path == "sdpa"
+    assert plan(device="cuda", dtype=torch.float32, queries=200, mask=window, score=None).path == "sdpa"
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.activations import LaplaceActivation
 
 import dovetail as dt
 from dovetail.errors import BuildError
+from dovetail.kernels import laplace
 from dovetail.kernels.attention import Region, Score
 from dovetail.kernels.squared_relu import reference, squared_relu
 from dovetail.parts.context import Context
@@ -72,6 +74,9 @@ def weights(spec: dict[str, Any] | str, scores: Tensor, seen: Tensor) -> Tensor:
             for j in keys:
                 out[i, j] = scores[i, j].clamp(min=0) ** 2 / part.length
             continue
+        if part.kind == "laplace":
+            out[i, keys] = LaplaceActivation()(scores[i, keys])  # its constants have six digits
+            continue
         factor = 1.0 if part.kind == "softmax" else math.log(max(len(keys), part.least)) / math.log(part.base)
         total = sum(torch.exp(factor * scores[i, j]) for j in keys)
         for j in keys:
@@ -79,12 +84,19 @@ def weights(spec: dict[str, Any] | str, scores: Tensor, seen: Tensor) -> Tensor:
     return out
 
 
-@oracle_for("normaliser", "softmax", "softmax_plus", "relu2")
+@oracle_for("normaliser", "softmax", "softmax_plus", "relu2", "laplace")
 @pytest.mark.parametrize("terms", [False, True], ids=["no terms", "terms"])
 @pytest.mark.parametrize("rule", [Causal(), Full(), Causal() & Window(size=3)], ids=["causal", "full", "window"])
 @pytest.mark.parametrize(
     "spec",
-    ["softmax", "softmax_plus", {"kind": "softmax_plus", "base": 9, "least": 4}, {"kind": "relu2", "length": 5}],
+    [
+        "softmax",
+        "softmax_plus",
+        {"kind": "softmax_plus", "base": 9, "least": 4},
+        {"kind": "relu2", "length": 5},
+        "laplace",
+        {"kind": "laplace", "length": 5},
+    ],
     ids=str,
 )
 def test_weights(spec: Any, rule: Mask, terms: bool) -> None:
@@ -99,13 +111,16 @@ def test_weights(spec: Any, rule: Mask, terms: bool) -> None:
     ready, prepared = module.prepare(q, score, mask)
     ours = module.mix([Region(k, v, mask, prepared)], ready, 0.5)[0, 0]
     scores = 0.5 * q[0, 0] @ k[0, 0].t()
+    if module.spec.kind == "laplace":
+        scores = scores / (module.length or mask.dense()[0, 0].sum(-1, keepdim=True))
     if terms:
         scores = scores + bias.score(q, k, mask.at, ctx, None).bias(mask.at, 0.5)[0, 0]
     plain = weights(spec, scores, mask.dense()[0, 0]) @ v[0, 0]
-    close(ours, plain)
+    tolerance = 2e-5 if module.spec.kind == "laplace" else 1e-12
+    close(ours, plain, tolerance)
     up = torch.randn_like(plain)
     for a, b in zip(*(torch.autograd.grad((y * up).sum(), [q, k, v]) for y in (ours, plain)), strict=True):
-        close(a, b)
+        close(a, b, tolerance)
 
 
 @pytest.mark.parametrize("normaliser", ["softmax_plus", {"kind": "relu2", "length": 16}], ids=["softmax_plus", "relu2"])
@@ -130,21 +145,27 @@ def test_rerope_in_a_gau(normaliser: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rule", [Causal(), Causal() & Window(size=70), Full()], ids=["causal", "window", "full"])
-def test_squared_relu_in_bands(rule: Mask, dtype: torch.dtype) -> None:
-    """Three bands of queries against the plain twin, forward and backward; grouped heads and a score's terms too."""
+def test_bands(rule: Mask, dtype: torch.dtype) -> None:
+    """relu² and laplace: three bands of queries against the plain twin, forward and backward; grouped heads, a score's
+    terms."""
     T = 600
     tolerance = 1e-12 if dtype == torch.float64 else 2e-2
     mask = Context.of(1, T, CPU).bind(rule)
     bias = make("position", {"kind": "t5_buckets", "buckets": 8}, heads=2, dtype=dtype)
     for score in (None, bias.score(None, None, mask.at, Context.of(1, T, CPU), None)):
         q, k, v = (torch.randn(1, h, T, n).to(dtype).requires_grad_() for h, n in ((2, 4), (1, 4), (1, 3)))
-        ours = squared_relu(q, k, v, count=9, mask=mask, score=score)
-        plain = reference.attend(q, k, v, mask, score, 0.5, 9)
-        assert ours.dtype == dtype
-        close(ours.double(), plain.double(), tolerance)
-        up = torch.randn_like(plain)
-        for a, b in zip(*(torch.autograd.grad((y * up).sum(), [q, k, v]) for y in (ours, plain)), strict=True):
-            close(a.double(), b.double(), tolerance)
+        for ours, plain in (
+            (squared_relu(q, k, v, count=9, mask=mask, score=score), reference.attend(q, k, v, mask, score, 0.5, 9)),
+            (
+                laplace.laplace(q, k, v, mask=mask, score=score),
+                laplace.reference.attend(q, k, v, mask, score, 0.5),
+            ),
+        ):
+            assert ours.dtype == dtype
+            close(ours.double(), plain.double(), tolerance)
+            up = torch.randn_like(plain)
+            for a, b in zip(*(torch.autograd.grad((y * up).sum(), [q, k, v]) for y in (ours, plain)), strict=True):
+                close(a.double(), b.double(), tolerance)
 
 
 def test_softmax_plus_keeps_sharpness() -> None:
@@ -206,8 +227,8 @@ def test_plans_name_what_runs() -> None:
     model = dt.build({"kind": "decoder", "vocab": 9, "dim": 16, "depth": 1, "context": 8, "blocks": {"mixer": "gau"}})
     assert model.blocks[0].mixer.plans("cuda", 512)["training, prefill"].path == "sdpa"
     wide = dt.build(dt.override(model.spec, {"blocks.*.mixer.hidden": 512}))  # FlexAttention holds no such tile
-    assert wide.blocks[0].mixer.plans("cuda", 512)["padded or packed"].path == "sdpa"
-    assert model.blocks[0].mixer.plans("cuda", 512)["padded or packed"].path == "flex"
+    assert wide.blocks[0].mixer.plans("cuda", 2048)["padded or packed"].path == "sdpa"
+    assert model.blocks[0].mixer.plans("cuda", 2048)["padded or packed"].path == "flex"
     values = dt.build(dt.override(model.spec, {"blocks.*.mixer.position": "shaw"}))
     assert values.blocks[0].mixer.plans("cuda", 512)["training, prefill"].path == "tiled"
     encoder = {"kind": "encoder", "vocab": 9, "dim": 16, "depth": 1, "blocks": {"mixer": "gau"}}

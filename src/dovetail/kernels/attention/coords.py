@@ -137,9 +137,10 @@ class BoundMask:
             return self.dense()[:, 0].sum(-1)
         return torch.cat([self.rows(a, min(a + band, T)).dense()[:, 0].sum(-1) for a in range(0, T, band)], 1)
 
-    def rows(self, start: int, stop: int) -> BoundMask:
-        """The mask of queries start..stop alone."""
-        return BoundMask(self.rule, Coords(self.at.q.slice(start, stop), self.at.k))
+    def rows(self, start: int, stop: int, first: int = 0, last: int | None = None) -> BoundMask:
+        """The mask of queries start..stop alone, and of the keys first..last."""
+        keys = self.at.k if last is None else self.at.k.slice(first, last)
+        return BoundMask(self.rule, Coords(self.at.q.slice(start, stop), keys))
 
     def mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """FlexAttention's mask_mod(b, h, q_idx, kv_idx) over the same rule."""

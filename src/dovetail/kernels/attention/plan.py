@@ -49,7 +49,7 @@ def plan(
         return Plan("sdpa", "plain causal over aligned tokens: fused attention, is_causal")
     if score is not None and score.value_terms is not None:
         return Plan("tiled", "value terms need the probabilities: plain attention in tiles of queries")
-    if plain and device == "cuda" and queries >= 128 and not dropout and width <= _TILE:
+    if plain and device == "cuda" and queries >= _flex_from() and not dropout and width <= _TILE:
         return Plan("flex", "a mask beyond causal on CUDA: FlexAttention skips the empty tiles")
     share = 1.0
     if plain and device == "cpu" and queries >= 2 * TILE and not dropout and not torch.compiler.is_compiling():
@@ -64,6 +64,14 @@ def plan(
     if score is not None and score.cap is None:
         return Plan("sdpa", "additive terms: fused attention with the terms as a bias")
     return Plan("tiled", "a soft cap is not additive: plain attention in tiles of queries, recomputed in the backward")
+
+
+def _flex_from() -> int:
+    """Queries from which FlexAttention is worth its compilation: seconds for every new shape, mask and mode of autograd,
+    where torch.compile is not making the whole model's graph anyway. Rows of one length come back in training alone."""
+    if torch.compiler.is_compiling():
+        return 128
+    return 1024 if torch.is_grad_enabled() else 8192
 
 
 def visited(rule: Rule, queries: int, keys: int) -> float:

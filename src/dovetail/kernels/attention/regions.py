@@ -82,13 +82,28 @@ def _triples(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [(tensors[i], tensors[i + 1], tensors[i + 2]) for i in range(0, len(tensors), 3)]
 
 
+def _reach(mask: BoundMask | None, queries: int, keys: int, tile: int) -> list[tuple[int, int, int, int]]:
+    """(a, b, start, stop): bands of queries, and the keys between the first and the last tile that each sees any of.
+
+    In short rows, and while compiling, all keys: what is hidden is a matter of data, and asking costs a synchronisation.
+    """
+    bands = [(a, min(a + tile, queries)) for a in range(0, queries, tile)]
+    if mask is None or mask.full or len(bands) <= 2 or torch.compiler.is_compiling():
+        return [(a, b, 0, keys) for a, b in bands]
+    if "reach" not in mask.memo:
+        mask.memo["reach"] = [[i for i, any in enumerate(row) if any] for row in mask.tiles(tile).any(0).tolist()]
+    return [
+        (a, b, tile * seen[0], min(tile * (seen[-1] + 1), keys)) if seen else (a, b, 0, 1)
+        for (a, b), seen in zip(bands, mask.memo["reach"], strict=True)
+    ]
+
+
 def _bands(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, scale: float, tile: int) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
-    for a in range(0, q.shape[2], tile):
-        b = min(a + tile, q.shape[2])
-        rows = None if mask is None else mask.rows(a, b)
-        p, lse = reference.softmax_lse(reference.scores(q[:, :, a:b], k, rows, None, scale))
-        outs.append(p @ _wide(v, p.dtype, q.shape[1]))
+    for a, b, start, stop in _reach(mask, q.shape[2], k.shape[2], tile):
+        part = None if mask is None else mask.rows(a, b, start, stop)
+        p, lse = reference.softmax_lse(reference.scores(q[:, :, a:b], k[:, :, start:stop], part, None, scale))
+        outs.append(p @ _wide(v[:, :, start:stop], p.dtype, q.shape[1]))
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
@@ -109,16 +124,15 @@ def _backward(
     wide = lse.dtype
     K, V = _wide(k, wide, H), _wide(v, wide, H)
     dq, dK, dV = [], torch.zeros_like(K), torch.zeros_like(V)
-    for a in range(0, q.shape[2], tile):
-        b = min(a + tile, q.shape[2])
-        rows = None if mask is None else mask.rows(a, b)
+    for a, b, start, stop in _reach(mask, q.shape[2], k.shape[2], tile):
+        part = None if mask is None else mask.rows(a, b, start, stop)
         row_lse = lse[:, :, a:b, None]
-        s = reference.scores(q[:, :, a:b], k, rows, None, scale)
+        s = reference.scores(q[:, :, a:b], k[:, :, start:stop], part, None, scale)
         p = torch.where(torch.isfinite(row_lse), torch.exp(s - row_lse), torch.zeros_like(s))
-        ds = p * (dout[:, :, a:b] @ V.transpose(-1, -2) - delta[:, :, a:b, None]) * scale
-        dq.append(ds @ K)
-        dK += ds.transpose(-1, -2) @ q[:, :, a:b].to(wide)
-        dV += p.transpose(-1, -2) @ dout[:, :, a:b]
+        ds = p * (dout[:, :, a:b] @ V[:, :, start:stop].transpose(-1, -2) - delta[:, :, a:b, None]) * scale
+        dq.append(ds @ K[:, :, start:stop])
+        dK[:, :, start:stop] += ds.transpose(-1, -2) @ q[:, :, a:b].to(wide)
+        dV[:, :, start:stop] += p.transpose(-1, -2) @ dout[:, :, a:b]
 
     def grouped(t: Tensor) -> Tensor:
         return t.unflatten(1, (G, H // G)).sum(2)
