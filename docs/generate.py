@@ -27,6 +27,7 @@ import dovetail as dt
 from dovetail.adapters import AdapterSpec
 from dovetail.errors import BuildError, DataError, DovetailError
 from dovetail.parts.init import Normal
+from dovetail.report.scaling_page import Scaled, sections
 from dovetail.spec import Entry, Slot, Spec, entries
 from dovetail.spec.spec import field_category
 from dovetail.surgery import quantise
@@ -52,7 +53,7 @@ EXAMPLES: dict[str, Any] = {
     "vocab": 256, "dim": 64, "size": 8, "length": 6, "step": 4, "stride": 4, "before": 3, "after": 2, "gain": 0.5,
     "base": "normal", "roles": ("residual",), "rules": ({"kind": "causal"}, {"kind": "window", "size": 8}),
     "rank": 16, "sections": (4, 6, 6), "path": "notes.txt", "paths": ("notes.txt", "more.txt"),
-    "short_factor": (1.0,) * (DIM // 2), "long_factor": tuple(1.0 + i / 4 for i in range(DIM // 2)),
+    "features": 1, "classes": 10, "split": "train", "short_factor": (1.0,) * (DIM // 2), "long_factor": tuple(1.0 + i / 4 for i in range(DIM // 2)),
 }  # fmt: skip
 # What a kind needs beyond that, or what shows it better than its defaults.
 KINDS: dict[tuple[str, str], dict[str, Any]] = {
@@ -64,6 +65,8 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
     ("image_embedding", "patch"): {"size": 4},
     ("corpus", "folder"): {"path": "notes"},
     ("corpus", "jsonl"): {"path": "notes.jsonl"},
+    ("corpus", "mnist"): {"path": "mnist"},
+    ("corpus", "pixels"): {"of": {"kind": "mnist", "path": "mnist", "split": "train"}, "permutation": 0},
     ("pooling", "concat"): {"of": ("first", "mean")},
     ("adapter", "bitfit"): {"add": True},  # the bundled model has no biases
     ("adapter", "fusion"): {"of": ("first", "second")},
@@ -74,7 +77,7 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 # Files of docs/results whose tables belong on a part's own page.
-MEASURED = {("adapter", "lora"): ("lora_gpu",), ("storage", "nf4"): ("qlora_gpu",)}
+MEASURED = {("adapter", "lora"): ("lora_gpu",), ("storage", "nf4"): ("lora_gpu",)}
 # Masks that hide nothing in a causal place alone, which a model refuses: shown together with a window.
 WITH_A_WINDOW = {"mask": ("full", "causal")}
 
@@ -306,10 +309,22 @@ def result_lines(file: Path, heading: bool = False, kind: str | None = None) -> 
             raise DataError(f"nothing was measured of {kind!r}", where=str(file), remedy="run bench/adapter_sweep.py")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"## {name}", ""] if heading else []
+    lines += [f"[Plots and all numbers]({file.stem}.md)", ""] if heading and "arms" in result else []
     lines += [f"`{command}`", "", " · ".join(facts), ""]
     lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(_number(row.get(column)) for column in columns) + " |" for row in rows]
     return [*lines, ""]
+
+
+def plotted_pages(files: list[Path]) -> dict[str, str]:
+    """Name -> page of each file of costs against length: its plots and tables as its own report has them."""
+    pages = {}
+    for file in files:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if "arms" in data:
+            found = Scaled.of(data)
+            pages[f"{file.stem}.md"] = "\n\n".join([f"# {found.name}", *sections(found), ""])
+    return pages
 
 
 def main() -> None:
@@ -336,6 +351,8 @@ def main() -> None:
     (OUT / "pairs.md").write_text(pairs.page(), encoding="utf-8")
     files = sorted((DOCS / "results").glob("*.json"))
     (OUT / "results.md").write_text(results_page(files), encoding="utf-8")
+    for name, text in plotted_pages(files).items():
+        (OUT / name).write_text(text, encoding="utf-8")
     print(f"docs/generated: {len(entries())} parts, {len(files)} results")
 
 

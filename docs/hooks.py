@@ -24,5 +24,6 @@ def on_config(config: Any) -> Any:
         categories.append({folder.name: [page(p) if p.stem == "index" else {p.stem: page(p)} for p in kinds]})
     made = docs / "generated"
     config["nav"] += [{"Parts": categories}, {"What goes with what": page(made / "pairs.md")}]
-    config["nav"] += [{"Results": page(made / "results.md")}]
+    plotted = sorted(path for path in made.glob("*.md") if path.stem not in ("maps", "pairs", "results"))
+    config["nav"] += [{"Results": [page(made / "results.md"), *({path.stem: page(path)} for path in plotted)]}]
     return config

@@ -38,6 +38,7 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {  # what a kind needs beyond tha
 # The same for the models around them.
 WHOLE: dict[str, Any] = {
     "vocab": 17, "dim": 16, "depth": 1, "context": 32, "feedforward": None, "init": {"kind": "normal", "std": 0.25},
+    "features": 3, "classes": 5,
 }  # fmt: skip
 
 
@@ -182,6 +183,9 @@ def _run(model: Any, place: Place, exact: bool) -> Outcome:
         model(torch.randn(2, SIDE * SIDE, WHOLE["dim"]), Context.on_grid(SIDE, SIDE, torch.device("cpu")))
         return Outcome("works")
     tokens = torch.arange(2 * LENGTH).view(2, LENGTH) * 7 % WHOLE["vocab"]
+    if entry("model", model.spec.kind).capabilities.get("reads") == "values":
+        model(torch.randn(2, LENGTH, WHOLE["features"]))
+        return Outcome("works")
     reads = hasattr(model, "encode")
     full = (model(tokens, tokens) if reads else model(tokens)).logits
     if entry("model", model.spec.kind).capabilities.get("targets"):

@@ -55,6 +55,10 @@ class RunError(DovetailError):
     """The run itself failed: NaN loss, a full disk, a broken state."""
 
 
+class DivergedError(RunError):
+    """A training whose loss or gradients ceased to be finite."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A remedy that names the closest choice, or lists them all. Returns a sentence."""
     known = sorted(choices)

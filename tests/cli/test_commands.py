@@ -139,6 +139,24 @@ def test_swap_heals_by_a_small_training(run: Run, tiny: Path, text: Path, tmp_pa
     assert code == 2 and "did you mean 'train'?" in err
 
 
+def test_swap_to_linear_attention(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+    args = ("swap", tiny, "blocks.*.mixer={kind: linear}", "--text", text, "--out", tmp_path / "a", "--json")
+    code, out, err = run(*args)
+    data = last(out)
+    assert code == 0 and data["format"] == "dovetail", err
+    assert [column["name"] for column in data["columns"]] == ["before", "after", "rival"]
+    assert data["rival"] == "random re-initialisation, of equal size, of what the swap only approximates"
+    assert not data["reinitialised"] and not data["dropped"]
+    assert {m["exactness"] for m in data["moves"]} == {"approximate"}
+    there, swapped = dt.load(tiny), dt.load(tmp_path / "a")
+    assert swapped.spec.blocks[1].mixer.heads == 4 and swapped.spec.blocks[1].mixer.kind == "linear"
+    assert torch.equal(swapped.blocks[1].mixer.qkv.weight, there.blocks[1].mixer.qkv.weight)
+    page = (tmp_path / "a" / "swap-report.html").read_text()
+    assert "linear in place of attention" in page
+    code, out, err = run("generate", tmp_path / "a", "--prompt", "def f", "--max-new-tokens", 3, "--temperature", 0)
+    assert code == 0, err
+
+
 def test_swap_that_no_published_layout_can_say(run: Run, tiny: Path, tmp_path: Path) -> None:
     change = "blocks.1.mixer={kind: lstm}"
     code, _, err = run("swap", tiny, change, "--out", tmp_path / "a")
@@ -159,6 +177,10 @@ def test_swap_that_no_published_layout_can_say(run: Run, tiny: Path, tmp_path: P
         ("blocks.*.mixer.kv_heads=3", "kv_heads must divide heads"),
         ("blocks.*.mixer.position={kind: rop}", "did you mean 'rope'?"),
         ("position={kind: rope}", "rope"),
+        ("blocks.*.mixer={kind: s4}", "no map leads from 'attention' to 's4'"),
+        ("blocks.*.mixer={kind: nystrom}", "a nystrom mixer in a causal place"),
+        ("blocks.*.mixer={kind: linear, heads: 2, kv_heads: 2}", "leave its heads out"),
+        ("blocks.*.mixer={kind: latent}", "give rank"),
     ],
 )
 def test_swaps_that_cannot_be(run: Run, tiny: Path, tmp_path: Path, change: str, says: str) -> None:

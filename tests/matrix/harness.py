@@ -38,6 +38,7 @@ FIELDS: dict[str, Any] = {
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("mixer", "attention"): {"heads": 4, "kv_heads": 2, "head_dim": 8},
     ("mixer", "lsh"): {"heads": 2, "buckets": 2, "rounds": 2, "chunk": 3},
+    ("mixer", "flash"): {"key_dim": 8, "chunk": 3},
     ("mixer", "linformer"): {"heads": 2, "length": 60},
     ("mixer", "nystrom"): {"heads": 2, "landmarks": 3, "conv": 3},
     ("mask", "random_blocks"): {"count": 1},
@@ -59,9 +60,12 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("model", "two_stream"): {
         "blocks": {"mixer": {"kind": "attention", "heads": 2, "mask": "permutation", "position": "xlnet"}},
     },
+    ("model", "sequence_classifier"): {"features": VOCAB, "classes": VOCAB, "pooling": None},
     ("adapter", "fusion"): {"of": ["one", "two"]},
     ("pooling", "concat"): {"of": ["mean", "max"]},
     ("corpus", "files"): {"paths": ["a.txt", "b.txt"]},
+    ("corpus", "mnist"): {"split": "train"},
+    ("corpus", "pixels"): {"of": {"kind": "mnist", "path": "mnist", "split": "train"}},
     ("corpus", "controlled"): {"codes": ["A"], "corpora": [{"kind": "text", "path": "a.txt"}]},
     ("objective", "distillation"): {
         "teacher": "a",
@@ -276,6 +280,24 @@ class Translating(nn.Module):
         return state
 
 
+class Judging(nn.Module):
+    """A classifier of values called like an encoder: an id is the unit vector of its number, a class of each token one."""
+
+    listens_at = "model.read"
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.spec = model, model.spec
+
+    def forward(self, tokens: Tensor, **masks: Any) -> Outputs:
+        values = nn.functional.one_hot(tokens, VOCAB).to(self.model.read.weight.dtype)
+        out = self.model(values, **masks)
+        return replace(out, logits=out.class_logits)
+
+    def new_state(self, batch: int, capacity: int) -> State:
+        return self.model.new_state(batch, capacity)
+
+
 def build(e: Entry, *, seed: int = 0, dtype: torch.dtype = torch.float64, depth: int = DEPTH) -> Any:
     """The smallest model of a part, called as model(tokens, ...) -> Outputs."""
     return build_spec(arrangement(e, depth), seed=seed, dtype=dtype)
@@ -284,6 +306,8 @@ def build(e: Entry, *, seed: int = 0, dtype: torch.dtype = torch.float64, depth:
 def build_spec(spec: Spec, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     if spec.category == "model":
         model = dovetail.build(spec, seed=seed, dtype=dtype)
+        if spec.kind == "sequence_classifier":
+            return Judging(model)
         return Translating(model) if hasattr(model, "encode") else model
     with torch.device("meta"):
         model = Contained(spec).to(dtype)

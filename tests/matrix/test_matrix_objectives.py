@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dovetail.spec import Entry, Spec, entry
-from matrix.harness import VOCAB, all_entries, build, close, example, gradients, name, subject, tokens
+from matrix.harness import VOCAB, all_entries, build, build_spec, close, example, gradients, name, subject, tokens
 
 OBJECTIVES = [e for e in all_entries() if e.category == "objective"]
 each = pytest.mark.parametrize("e", OBJECTIVES, ids=name)
@@ -19,6 +19,9 @@ def learner(e: Entry) -> Any:
     """A model that looks as far as the objective's answers allow."""
     if e.capabilities.get("targets"):
         return subject("model", "two_stream")
+    if e.capabilities.get("labelled"):
+        labels = {"classifier": "linear", "classes": VOCAB}  # of each token
+        return build_spec(Spec.parse("model", subject("model", "encoder").spec.to_dict() | labels))
     return subject("model", "encoder" if e.capabilities.get("causal") is False else "decoder")
 
 

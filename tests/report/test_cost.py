@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import dovetail as dt
-from dovetail.report.cost import Job, _peak, costs, peak_memory, size
+from dovetail.report.cost import Job, costs, peak, peak_memory, size
 
 
 def build(mixer: dict[str, Any]) -> Any:
@@ -62,7 +62,7 @@ def test_rates_are_medians_with_a_ratio_of_one_to_itself() -> None:
 
 def test_peak_memory_sees_what_is_taken() -> None:
     size_of = 48 * 2**20
-    found = _peak(lambda: torch.ones(size_of // 4).sum(), torch.device("cpu"))
+    found = peak(lambda: torch.ones(size_of // 4).sum(), torch.device("cpu"))
     if found.bytes is None:
         assert "not measured" in found.how
         return

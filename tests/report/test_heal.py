@@ -82,6 +82,37 @@ def test_a_swap_heals_by_the_objective_that_is_asked_for(
     assert torch.equal(weights["swap"], weights["named"]) and not torch.equal(weights["swap"], weights["plain"])
 
 
+@pytest.mark.parametrize("layers", ["*", "1"], ids=["all", "hybrid"])
+def test_linear_attention_heals_towards_the_softmax_that_stood_there(
+    trained: Path, texts: dict[str, str], how: dict[str, Any], layers: str
+) -> None:
+    """Kept queries, keys and values are worth something: before healing and after it, at equal size."""
+    original = dt.load(trained)
+    learning = {"kind": "distillation", "logits": 1.0, "hidden": 1.0, "transfer": 1.0}
+    given: dict[str, Any] = {"texts": texts["held_out"], "tokenizer": dt.load_tokenizer(trained), "rounds": 0}
+    swapped = {f"blocks.{layers}.mixer": "linear"}
+    new, report = dt.swap(original, swapped, heal=how | {"objective": learning}, **given)
+    nats = {column.name: column.nats for column in report.columns}
+    assert nats["before"] < nats["after"], nats
+    assert nats["after"] - nats["after, healed"] > 0.25 * (nats["after"] - nats["before"]), nats
+    assert nats["after"] < nats["rival"] and nats["after, healed"] < nats["rival, healed"], nats
+    kl = {column.name: column.quality.kl for column in report.columns if column.quality is not None}
+    assert layers != "*" or kl["after, healed"] < 0.8 * kl["after"], kl  # half of them lose next to nothing here
+    assert [v.stage for v in report.verdicts] == ["as it is", "healed"]
+    assert [b.mixer.kind for b in new.spec.blocks] == [["attention", "linear"], ["linear"] * 2][layers == "*"]
+
+
+def test_the_shipped_healing_reads() -> None:
+    root = Path(__file__).parents[2]
+    found = Comparison.load(root / "recipes" / "heal_linear.yaml")
+    spec = dt.load(root / "assets" / "pydoc-llama").spec
+    linear = {a.name: [b.mixer.kind for b in override(spec, a.swap).blocks].count("linear") for a in found.arms}
+    assert linear == {"as it is": 0} | {n: 4 for n in linear if "hybrid" in n} | {n: 8 for n in linear if "all" in n}
+    assert len(found.seeds) >= 2 and len({a.heal.model_dump_json() for a in found.arms if a.heal}) == 1
+    rivals = {other: a.redraw for a in found.arms for other in a.rival_of}
+    assert rivals == {"hybrid": True, "all linear": True}
+
+
 def test_recipes_of_healing_are_strict(how: dict[str, Any], trained: Path) -> None:
     assert read_heal(how).objective == NextToken()
     objective = {"kind": "distillation", "logits": 0.5, "direction": "reverse"}

@@ -29,6 +29,11 @@ def gpt2(tied: bool = True, block: dict[str, Any] | None = None, **changes: Any)
     return made(whole | changes)
 
 
+def linear() -> Any:
+    """Linear attentions with grouped heads."""
+    return made({"blocks": {"mixer": {"kind": "linear", "heads": 4, "kv_heads": 2}}})
+
+
 def gau() -> Any:
     """Gated attention units alone."""
     return made({"blocks": {"mixer": {"kind": "gau", "key_dim": 6, "hidden": 20}, "feedforward": None}})

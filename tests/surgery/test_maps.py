@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_models import CONTEXT, DIM, EXACT, gap, gau, gpt2, llama
+from surgery_models import CONTEXT, DIM, EXACT, gap, gau, gpt2, linear, llama
 
 import dovetail as dt
 from dovetail.errors import SpecError
@@ -42,7 +42,7 @@ def inexact(*args: Any, **more: Any) -> Case:
     return Case(*args[:3], "approximate", args[3], **more)
 
 
-ATTENTION = ("mixer", "attention", "attention")
+ATTENTION, ANY = ("mixer", "attention", "attention"), ("mixer", "*", "*")
 RESIZED = {kind: ("feedforward", kind, kind) for kind in ("mlp", "glu")}
 GATED, POSITION, LENGTH = ("feedforward", "mlp", "glu"), ("position", "*", "*"), ("position", "learned", "learned")
 CASES = [
@@ -64,6 +64,20 @@ CASES = [
         ATTENTION,
         llama,
         {f"{MIXER}.heads": 3, f"{MIXER}.kv_heads": 3},
+        "reinitialised",
+        "on request",
+        fresh=(MIXER,),
+    ),
+    exact(ANY, linear, {f"{MIXER}.kv_heads": 4}, "2 value heads repeated to 4"),
+    exact(ANY, linear, {f"{MIXER}.bias": "all"}, "a bias of qkv starts at zero; a bias of out starts at zero"),
+    inexact(ANY, linear, {f"{MIXER}.kv_heads": 1}, "2 key heads mean-pooled to 1", errors=("qkv.weight",)),
+    inexact(ANY, linear, {f"{MIXER}.feature_map": "relu"}, "feature_map relu in place of elu1: no bound"),
+    inexact(ANY, llama, {MIXER: "linear"}, "query, key, value, out are carried; linear in place of attention"),
+    inexact(ANY, gpt2, {MIXER: "gla"}, "qkv is dropped; the bias of out is dropped", errors=("qkv.bias", "out.bias")),
+    Case(
+        ANY,
+        linear,
+        {f"{MIXER}.heads": 2, f"{MIXER}.kv_heads": 1},
         "reinitialised",
         "on request",
         fresh=(MIXER,),
@@ -100,6 +114,7 @@ CASES = [
     inexact(POSITION, llama, {f"{MIXER}.position": "none"}, "none in place of rope: no bound"),
     inexact(("normaliser", "*", "*"), gau, {f"{MIXER}.normaliser": "softmax"}, "softmax in place of softmax_plus"),
     inexact(("mixer", "gau", "gau"), gau, {f"{MIXER}.activation": "gelu"}, "gelu in place of silu"),
+    inexact(("mixer", "gau", "flash"), gau, {MIXER: "flash"}, "across them start anew"),
     inexact(("mixer", "gau", "gau"), gau, {f"{MIXER}.scale": 0.9}, "scaled otherwise"),
     inexact(("mixer", "gau", "gau"), gau, {f"{MIXER}.mask": {"kind": "window", "size": 3}}, "another mask"),
     exact(("head", "ref", "linear"), gpt2, {"head": {"kind": "linear"}}, "a head of its own"),
@@ -209,6 +224,8 @@ def test_a_window_with_sinks_decodes_as_it_trains() -> None:
         (llama, {"depth": 4}, "nothing stood there before", "grow_depth", "blocks.3"),
         (llama, {"position": "learned"}, "no map leads from 'none' to 'learned'", "fresh=['position']", "position"),
         (gpt2, {f"{MIXER}.position": "t5_buckets"}, "blocks.0.mixer.position", "fresh=['blocks.*.mixer.position']", ""),
+        (linear, {f"{MIXER}.heads": 2, f"{MIXER}.kv_heads": 1}, "heads of another number", "prune_heads", MIXER),
+        (llama, {MIXER: "gau"}, "heads=1, head_dim=128", "performer", MIXER),
         (llama, {FEED: {"kind": "mlp"}}, "no map leads from 'glu' to 'mlp'", "glu", FEED),
     ],
 )

@@ -186,13 +186,17 @@ def compare(
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, of a recipe whose arms train.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Run arms side by side (of one model, or of one training recipe under `base`) and write one report."""
+    """Run arms side by side (of one model, of one training recipe under `base`, or against lengths `at`): one report."""
     from dovetail.report.compare import compare as run
+    from dovetail.report.scaling import is_scaling, scaling
     from dovetail.report.study import is_study, study
 
     result: Any
     if is_study(recipe):
         result = study(recipe, out=out, overrides=overrides or [], jobs=jobs)
+    elif is_scaling(recipe):
+        _refuse("a recipe that measures against length", ["--jobs"] if jobs != 1 else [])
+        result = scaling(recipe, out=out, overrides=overrides or [])
     else:
         _refuse("a recipe whose arms do not train", ["--jobs"] if jobs != 1 else [])
         result = run(recipe, out=out, overrides=overrides or [])

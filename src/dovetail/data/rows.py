@@ -7,12 +7,13 @@ belongs to another document, to a prompt, or is not there. Segments number the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.data.labelled import LabelledRow
 from dovetail.data.sampler import Sampler
 from dovetail.data.source_rows import SourceRow, SourceRows
 from dovetail.data.tokens import TokenSet
@@ -43,7 +44,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Row | RankedRow | SourceRow: ...
+    def __getitem__(self, index: int) -> Row | RankedRow | SourceRow | LabelledRow: ...
 
     def longest(self) -> int: ...
 
@@ -180,13 +181,17 @@ class Batches:
 
 
 def collate(
-    rows: Sequence[Row | RankedRow | SourceRow], pin: bool = False, *, length: int | None = None
+    given: Sequence[Row | RankedRow | SourceRow | LabelledRow], pin: bool = False, *, length: int | None = None
 ) -> dict[str, Tensor]:
     """Rows padded on the right to the longest; with "ranks" where they have some; those of an encoder-decoder with
     masks of both sides where they need them: {"tokens", "decoder_tokens", "labels", "attention_mask",
-    "decoder_attention_mask"}. length: rows of one text are padded to it, for compiled code, which wants one shape.
+    "decoder_attention_mask"}; labelled ones, which are of one shape, as {"values" (B,...), "labels" (B)}. length: rows of one text are padded to it, for compiled code, which wants one shape.
     """
-    if isinstance(rows[0], SourceRow):
+    rows: Sequence[Any] = given  # all of one sort
+    if isinstance(rows[0], LabelledRow):
+        labels = torch.tensor([row.label for row in rows])
+        batch = {"values": torch.from_numpy(np.stack([row.values for row in rows])), "labels": labels}
+    elif isinstance(rows[0], SourceRow):
         source, decoder, labels = (_stacked([row[i] for row in rows], p) for i, p in enumerate((0, 0, IGNORED)))
         batch = {"tokens": source, "decoder_tokens": decoder, "labels": labels}
         for name, lengths in (("tokens", [len(r[0]) for r in rows]), ("decoder_tokens", [len(r[1]) for r in rows])):
@@ -207,7 +212,9 @@ def collate(
 
 
 def real_tokens(batch: dict[str, Tensor]) -> int:
-    """Tokens of a batch that are not padding, on both sides of an encoder-decoder."""
+    """Tokens of a batch that are not padding, on both sides of an encoder-decoder; places of labelled rows."""
+    if "values" in batch:
+        return batch["values"][..., 0].numel()
     if "segments" in batch:
         return int((batch["segments"] >= 0).sum())
     sides = (("tokens", "attention_mask"), ("decoder_tokens", "decoder_attention_mask"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -89,5 +90,12 @@ def train_tokenizer(documents: Iterable[str], vocab: int, folder: str | Path, ma
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    fast.save(str(folder / "tokenizer.json"))
+    save_whole(fast, folder / "tokenizer.json")
     return load_tokenizer(folder)
+
+
+def save_whole(fast: FastTokenizer, path: Path) -> None:
+    """Saves a tokenizer so that another process sees it whole or not at all: several may make the same one."""
+    own = path.with_name(f"{path.name}.{os.getpid()}.part")
+    fast.save(str(own))
+    own.replace(path)

@@ -6,7 +6,9 @@ tokens that they speak of, never as a difference of two sums: their exponentials
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,3 +43,9 @@ def begun(reset: Tensor, size: int) -> Tensor:
 def without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     """Products stay in the type of their factors: a state in bf16 would lose what it was given."""
     return torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else nullcontext()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed, for the kernels that run on CUDA."""
+    return importlib.util.find_spec("triton") is not None

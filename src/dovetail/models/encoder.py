@@ -62,6 +62,7 @@ class WholeRows(StackModule):
 
     spec: Spec
     head_part: Any  # None: hidden states alone
+    front: Front
 
     def head(self, h: Tensor) -> Tensor:
         """Hidden states (..., C) -> logits (..., V). Raises BuildError for a model without a head."""
@@ -83,17 +84,11 @@ class WholeRows(StackModule):
         )
 
 
-class EncoderModule(WholeRows):
-    def __init__(self, spec: Encoder, slot: Slot):
-        if spec.streams > 1:
-            raise BuildError(
-                "an encoder of two streams", where="streams", remedy="set streams to 1, or build a decoder"
-            )
-        embedding = slot.build(spec.embedding, "embedding", dim_out=spec.vocab)
-        super().__init__(spec, slot)
-        self.embedding = embedding
-        self.types = Lookup(spec.token_types, slot.dim, slot=slot.at("types")) if spec.token_types else None
-        self.head_part = None if spec.head is None else slot.build(spec.head, "head", dim_out=spec.vocab)
+class JudgedRows(WholeRows):
+    """Base of those that make a vector of each row, and class logits of it."""
+
+    def set_classifier(self, spec: Any, slot: Slot) -> None:
+        """Pooling and classifier as the fields of those names say. Raises BuildError where one lacks the other."""
         self.pooling = None if spec.pooling is None else slot.build(spec.pooling, "pooling")
         self.classifier, self.classifier_dropout = None, spec.classifier_dropout
         told = spec.classes is not None or spec.classifier_dropout > 0
@@ -104,8 +99,55 @@ class EncoderModule(WholeRows):
                 remedy="give classifier and classes, or neither of them",
             )
         if spec.classifier is not None:
-            width = spec.dim if spec.pooling is None else spec.pooling.width(spec.dim)  # type: ignore[attr-defined]
+            width = spec.dim if spec.pooling is None else spec.pooling.width(spec.dim)
             self.classifier = slot.build(spec.classifier, "classifier", dim=width, dim_out=spec.classes)
+
+    def hidden(
+        self,
+        x: Tensor,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+    ) -> Tensor:
+        """Vectors (B,T,C) that enter the stack -> hidden states (B,T,C). tokens (B,T): their ids, where they have any."""
+        batch, front = x.shape[0], self.front
+        if positions is None and attention_mask is None and segments is None:
+            self.check_length(x.shape[1] + front.vectors + front.held)
+        read = front.precede(Tokens(x, attention_mask, positions, segments))
+        ctx = front.behind(Context.of(batch, read.x.shape[1], x.device, **read.beside), batch)
+        return read.own(self.run(self.embed(read.x, ctx, tokens), ctx))
+
+    def judge(
+        self, h: Tensor, attention_mask: Tensor | None, segments: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(pooled (B,C'), class logits (B,K) or, where there is no pooling, (B,T,K)) of hidden states; packed rows are not
+        pooled."""
+        pooled = classes = None
+        if self.pooling is not None and segments is None:
+            real = (
+                h.new_ones(h.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
+            )
+            pooled = self.pooling(h, real)
+        read_by_class = h if self.pooling is None else pooled
+        if self.classifier is not None and read_by_class is not None:
+            rate = self.classifier_dropout if self.training else 0.0
+            classes = self.classifier.logits(F.dropout(read_by_class, rate) if rate else read_by_class)
+        return pooled, classes
+
+
+class EncoderModule(JudgedRows):
+    def __init__(self, spec: Encoder, slot: Slot):
+        if spec.streams > 1:
+            raise BuildError(
+                "an encoder of two streams", where="streams", remedy="set streams to 1, or build a decoder"
+            )
+        embedding = slot.build(spec.embedding, "embedding", dim_out=spec.vocab)
+        super().__init__(spec, slot)
+        self.embedding = embedding
+        self.types = Lookup(spec.token_types, slot.dim, slot=slot.at("types")) if spec.token_types else None
+        self.head_part = None if spec.head is None else slot.build(spec.head, "head", dim_out=spec.vocab)
+        self.set_classifier(spec, slot)
         self.axes = position_axes(self)
         self.front = Front()
 
@@ -129,23 +171,8 @@ class EncoderModule(WholeRows):
         """
         if tokens.dim() != 2:
             raise DataError(f"tokens have shape {tuple(tokens.shape)}", remedy="give (batch, length)")
-        batch = tokens.shape[0]
-        if positions is None and attention_mask is None and segments is None:
-            self.check_length(tokens.shape[1] + self.front.vectors + self.front.held)
-        x = self._typed(self.embedding(tokens), token_types)
-        read = self.front.precede(Tokens(x, attention_mask, positions, segments))
-        ctx = self.front.behind(Context.of(batch, read.x.shape[1], tokens.device, **read.beside), batch)
-        h = read.own(self.run(self.embed(read.x, ctx, tokens), ctx))
-        pooled = classes = None
-        if self.pooling is not None and segments is None:
-            real = (
-                h.new_ones(h.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.to(torch.bool)
-            )
-            pooled = self.pooling(h, real)
-        read_by_class = h if self.pooling is None else pooled
-        if self.classifier is not None and read_by_class is not None:
-            rate = self.classifier_dropout if self.training else 0.0
-            classes = self.classifier.logits(F.dropout(read_by_class, rate) if rate else read_by_class)
+        h = self.hidden(self._typed(self.embedding(tokens), token_types), tokens, attention_mask, positions, segments)
+        pooled, classes = self.judge(h, attention_mask, segments)
         scores = self.head(h) if logits and self.head_part is not None else None
         return Outputs(logits=scores, last_hidden_state=h, pooler_output=pooled, class_logits=classes)
 

@@ -376,6 +376,6 @@ def _last(where: Tensor, ring: bool, slots: int) -> Tensor:
     """Slots (B,T) where only the last occupant of each ring slot stays; the others go to the spare slot."""
     if not ring or where.shape[1] <= 1:
         return where
-    later = torch.ones(where.shape[1], where.shape[1], dtype=torch.bool, device=where.device).triu(1)
-    superseded = ((where[:, :, None] == where[:, None, :]) & later).any(-1)
-    return torch.where(superseded, slots, where)
+    index = torch.arange(where.shape[1], device=where.device).expand_as(where)
+    newest = index.new_zeros(where.shape[0], slots + 1).scatter_reduce(1, where, index, "amax")
+    return torch.where(newest.gather(1, where) == index, where, slots)

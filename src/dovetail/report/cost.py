@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.errors import BuildError
+from dovetail.models.build import is_causal
 from dovetail.parts.storage.base import Stored
 from dovetail.report.measure import device_of, dtype_of, evaluating
 from dovetail.sampling.limits import table
@@ -90,6 +92,16 @@ def size(model: Any, length: int) -> Size:
         (there - here) / (other - length),
         dtype_of(model),
     )
+
+
+def state_bytes(model: Any, length: int) -> int | None:
+    """What decoding remembers of `length` tokens of one row; None for a model that does not decode."""
+    if not is_causal(model) or not hasattr(model, "new_state"):
+        return None
+    try:
+        return model.new_state(1, length).nbytes()
+    except BuildError:  # a part that reads whole rows alone
+        return None
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ def peak_memory(model: Any, prompt: Tensor) -> Memory:
     device = device_of(model)
     with evaluating(model):
         _prefill(model, prompt.to(device), 0)  # what is allocated once and kept
-        return _peak(lambda: _prefill(model, prompt.to(device), 0), device)
+        return peak(lambda: _prefill(model, prompt.to(device), 0), device)
 
 
 def machine(device: torch.device) -> str:
@@ -236,7 +248,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(run: Callable[[], object], device: torch.device) -> Memory:
+def peak(run: Callable[[], object], device: torch.device) -> Memory:
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

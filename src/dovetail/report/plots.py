@@ -28,9 +28,15 @@ def lines(
     colours: Mapping[str, str],
     dashed: Iterable[str] = (),
     floor: float | None = None,
+    log: bool = False,
 ) -> str:
-    """Curves by name, over whole numbers. mark: where a vertical line stands, and what it is. floor: where up begins."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator  # here and below: slow to import, and only a page needs it
+    """Curves by name, over whole numbers. mark: where a vertical line stands, and what it is. floor: where up begins.
+    log: the axis across is one of logarithms, and says so."""
+    from matplotlib.ticker import (
+        FuncFormatter,
+        MaxNLocator,
+        NullFormatter,
+    )  # here and below: slow to import, and only a page needs it
 
     figure, axes = _figure()
     for name, (across, up) in series.items():
@@ -43,9 +49,40 @@ def lines(
         )  # fmt: skip
     if floor is not None:
         axes.set_ylim(bottom=floor)
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+        return _finished(figure, [axes], [f"{x} (log scale)"], y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     return _finished(figure, [axes], [x], y)
+
+
+def powers(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    colours: Mapping[str, str],
+    dashed: Iterable[str] = (),
+) -> str:
+    """Curves by name with logarithms both ways, in which a power is a straight line; ticks at the numbers across."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    figure, axes = _figure()
+    for name, (across, up) in series.items():
+        style = "--" if name in dashed else "-"
+        axes.plot(across, up, style, color=colours[name], label=name, marker="o", markersize=3, linewidth=1.4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({value for across, _ in series.values() for value in across})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1024:g}k" if v % 1024 == 0 else f"{v:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    return _finished(figure, [axes], [f"{x} (log scale)"], f"{y} (log scale)")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -18,12 +19,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dovetail.adapters import trainable
 from dovetail.data import Pairs
-from dovetail.errors import DovetailError, SpecError
+from dovetail.data.labelled import nearest_mean
+from dovetail.errors import DivergedError, DovetailError, SpecError
 from dovetail.hub import files, load, load_tokenizer
 from dovetail.hub.remote import resolve
-from dovetail.report import study_page
-from dovetail.report.cost import machine, versions
+from dovetail.report import clock, study_page
+from dovetail.report.cost import machine, state_bytes, versions
 from dovetail.report.lengths import Lengths, examine
 from dovetail.report.plain import plain
 from dovetail.report.render import WIDTH
@@ -32,6 +35,7 @@ from dovetail.report.study_page import Curve, Found, Row
 from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, slug
 from dovetail.report.study_recipe import is_study as is_study
 from dovetail.training.device import choose, peak_memory
+from dovetail.training.flops import parameter_count
 from dovetail.training.loop import Run
 from dovetail.training.setup import set_up
 
@@ -47,10 +51,17 @@ def study(
     """Trains every arm with every seed, asks each the same questions, and writes index.html and report.json into `out`.
 
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
-    texts and the questions are the same: an interrupted study goes on where it stood. jobs: runs at a time, each in a
+    texts and the questions are the same: an interrupted study goes on where it stood. A training that diverges is kept as
+    that, and no order is claimed of its arm. jobs: runs at a time, each in a
     process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out). Raises SpecError for a recipe that does not fit, and whatever a run raises.
     """
     asked = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
+    if asked.clock is not None and jobs != 1:
+        raise SpecError(
+            f"a clock beside {jobs} runs at a time, which take the device from each other",
+            where="clock",
+            remedy="leave --jobs at 1",
+        )
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
     target = Path(out or asked.out)
     runs = [(arm, seed) for arm in asked.arms for seed in asked.seeds]
@@ -80,6 +91,12 @@ def study(
                         pool.shutdown(cancel_futures=True)
                         raise
                     progress.update(task, advance=1, description="{}, seed {}".format(*run))
+    more = {} if asked.lengths is None else _along(asked, asked.lengths, found)
+    if asked.clock is not None:
+        found = clock.timed(asked.clock, found, asked.seeds)
+        more |= {"races": clock.curves(asked.clock, found, asked.seeds), "against": asked.clock.against}
+        more |= {"smaller": more.get("smaller", study_page.SMALLER_IS_BETTER) | clock.SMALLER}
+        more |= {"note": f"{more.get('note', '')} {clock.NOTE}".strip()}
     rows = [
         row for arm in asked.arms for row in _rows(asked, arm, [found[arm.name, seed] for seed in asked.seeds], jobs)
     ]
@@ -88,6 +105,8 @@ def study(
         rival = Row(
             "nearest training pair", {k: (v, 0.0) for k, v in _nearest(asked, asked.generate).items()}, 0, 0, {}
         )
+    if asked.labelled and asked.claimed == "accuracy":
+        rival = Row("nearest class mean", {"accuracy": (_nearest_mean(asked), 0.0)}, 0, 0, {})
     result = Found(
         name=asked.name,
         date=datetime.date.today().isoformat(),
@@ -99,11 +118,11 @@ def study(
         titles=asked.titles,
         rows=tuple(row for row in rows if row.name not in asked.truncated),
         rival=rival,
-        published=tuple(plain(table) for table in asked.published),
+        published=tuple(plain(table) | {"values": table.compared} for table in asked.published),
         samples=_samples(asked, places) if asked.generate is not None else (),
         recipe=plain(asked),
         out=str(target),
-        **({} if asked.lengths is None else _along(asked, asked.lengths, found)),
+        **more,
     )
     with files.atomic_folder(target) as scratch:
         (scratch / "index.html").write_text(study_page.page(result), encoding="utf-8")
@@ -147,13 +166,21 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
         found: dict[str, Any] = {"key": key, "trainable": 0, "parameters": size, "metrics": {}}
     else:
         run = Run(set_up(recipe), folder / "run")
-        trained = run.train(progress=False)
+        size = {"key": key, "trainable": sum(p.numel() for p in trainable(run.model).values())}
+        size |= {"parameters": parameter_count(run.model), "state_bytes": state_bytes(run.model, recipe.train.length)}
+        begun = time.perf_counter()
+        try:
+            trained = run.train(progress=False)
+        except DivergedError as error:
+            return _keep(folder, size | {"peak_bytes": peak_memory(run.device), "metrics": {}, "diverged": error.what})
         model, tokenizer, weights = run.model, run.parts.tokenizer, run.exported()
         found = {
-            "key": key, "trainable": trained.trainable, "parameters": trained.parameters, "steps": trained.steps,
-            "tokens": trained.tokens, "peak_bytes": peak_memory(run.device), "tokens_per_s": trained.tokens_per_s,
-            "metrics": {} if trained.held_out is None else {"nats": trained.held_out["nats"]},
+            **size, "steps": trained.steps, "tokens": trained.tokens, "peak_bytes": peak_memory(run.device),
+            "tokens_per_s": trained.tokens_per_s, "seconds": time.perf_counter() - begun,
+            "metrics": {} if trained.held_out is None else asked.held_out(trained.held_out),
         }  # fmt: skip
+        if asked.clock is not None:
+            found["clock"] = clock.history(folder / "run" / "log.jsonl", trained.steps, trained.tokens)
     with weights:
         if (ask := asked.generate) is not None:
             pairs = ask.data.pairs()  # type: ignore[attr-defined]
@@ -164,7 +191,12 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
             found |= {"signature": scores.signature, "texts": said_texts}
         if asked.lengths is not None:
             found["variants"] = examine(model, tokenizer, asked.lengths, arm.variants, seed)
-    shutil.rmtree(folder / "run", ignore_errors=True)  # the weights have told what was asked
+    return _keep(folder, found)
+
+
+def _keep(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """`found` in the run's folder, in place of the weights, which have told what was asked."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "found.json").write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
     return found
@@ -184,6 +216,7 @@ def _key(asked: Study, arm: Arm, seed: int) -> str:
     texts = [corpus.fingerprint() for corpus in corpora if corpus is not None]
     did = [model_of(asked, arm), seed] if recipe is None else recipe.to_dict()
     said = [did, plain(ask), plain(arm.variants), texts, [_weights(f) for f in folders], versions()]
+    said += [] if asked.clock is None else ["clock", machine(choose(recipe.train.device if recipe else "auto"))]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -197,23 +230,27 @@ def _weights(folder: str) -> list[str]:
 
 
 def _rows(asked: Study, arm: Arm, found: list[dict[str, Any]], jobs: int) -> list[Row]:
-    """The arm, and each of its variants."""
+    """The arm, and each of its variants. Metrics are of the runs that ended."""
     spent: dict[str, float] = {}
+    diverged = tuple(seed for seed, run in zip(asked.seeds, found, strict=True) if "diverged" in run)
     if asked.trains:
         spent["peak_bytes"] = max(run["peak_bytes"] for run in found)
-        if jobs == 1:
+        spent |= {"state_bytes": found[0]["state_bytes"]} if found[0].get("state_bytes") else {}
+        if jobs == 1 and not diverged:
             spent["tokens_per_s"] = sum(run["tokens_per_s"] for run in found) / len(found)
+            spent |= {"seconds": max(run["seconds"] for run in found)} if all("seconds" in run for run in found) else {}
     first = found[0]
-    variants = [run.get("variants", {"": {"metrics": {}}}) for run in found]
+    ended = [run for run in found if "diverged" not in run]
+    variants = [run.get("variants", {"": {"metrics": {}}}) for run in ended]
     rows = []
-    for name in variants[0]:
+    for name in ("", *(variant.name for variant in arm.variants)):
         several = [
-            run[name]["metrics"] | ({} if name else main["metrics"]) for run, main in zip(variants, found, strict=True)
+            run[name]["metrics"] | ({} if name else main["metrics"]) for run, main in zip(variants, ended, strict=True)
         ]
-        values = {metric: [one[metric] for one in several] for metric in several[0]}
+        values = {metric: [one[metric] for one in several] for metric in (several[0] if several else ())}
         metrics = {metric: (sum(v) / len(v), max(v) - min(v)) for metric, v in values.items()}
         own = (0, first["parameters"], {}) if name else (first["trainable"], first["parameters"], spent)
-        rows.append(Row(row_name(arm, name), metrics, *own))
+        rows.append(Row(row_name(arm, name), metrics, *own, diverged, "" if name else arm.family))
     return rows
 
 
@@ -221,7 +258,9 @@ def _along(asked: Study, ask: Lengths, found: Mapping[tuple[str, int], dict[str,
     """What a page says of lengths: losses along the longest rows, a plot of all arms and one for each with variants."""
     curves: dict[str, dict[str, Curve]] = {}
     for arm in asked.arms:
-        runs = [found[arm.name, seed]["variants"] for seed in asked.seeds]
+        runs = [run["variants"] for seed in asked.seeds if "diverged" not in (run := found[arm.name, seed])]
+        if not runs:
+            continue
         mine = {}
         for name in runs[0]:
             several = [run[name]["curve"] for run in runs]
@@ -247,13 +286,22 @@ def _nearest(asked: Study, ask: Generate) -> dict[str, float]:
     return {name: getattr(scores, name) for name in METRICS if hasattr(scores, name)}
 
 
+def _nearest_mean(asked: Study) -> float:
+    """Accuracy, in percent, of the trivial rival: the class whose mean training example is nearest."""
+    data: Any = asked.recipe(asked.arms[0], 0).data
+    if data.held_out is None:
+        raise SpecError("classes are told apart, and nothing is held out to ask", where="base.data.held_out")
+    return 100 * nearest_mean(data.train.examples(), data.held_out.examples())
+
+
 def _samples(asked: Study, places: Mapping[tuple[str, int], Path]) -> tuple[tuple[str, str, str], ...]:
     """(prompt, arm, text) of the first three questions, of the first seed."""
     assert asked.generate is not None
     prompts = [q.prompt for q in questions(asked.generate.data.pairs())[:3]]  # type: ignore[attr-defined]
     out = []
     for arm in asked.arms:
-        texts = json.loads((places[arm.name, asked.seeds[0]] / "found.json").read_text(encoding="utf-8"))["texts"]
+        kept = json.loads((places[arm.name, asked.seeds[0]] / "found.json").read_text(encoding="utf-8"))
+        texts = kept.get("texts", ["(it diverged)"] * len(prompts))
         out += [(prompt, arm.name, text) for prompt, text in zip(prompts, texts, strict=False)]
     return tuple(out)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from dovetail.report import html, plots
+from dovetail.report import clock, html, plots
 from dovetail.report.plain import plain
 from dovetail.report.render import as_text, grid, si
 
@@ -27,8 +27,10 @@ class Row:
     """One arm, or a variant of it. metrics: name -> (mean over seeds, largest less smallest). trainable, parameters:
     scalars.
 
-    spent: peak_bytes of training (the largest of its seeds), tokens_per_s where runs had the device to themselves;
-    empty for what was not trained.
+    spent: peak_bytes of training (the largest of its seeds); tokens_per_s, and seconds with evaluation and saving (of the
+    longest), where runs had the device to themselves; state_bytes that decoding keeps of a row of the trained length,
+    where it decodes; empty for what was not trained. diverged: seeds whose training did, which metrics leave out.
+    family: rows of one are joined where quality stands against state_bytes.
     """
 
     name: str
@@ -36,22 +38,24 @@ class Row:
     trainable: int
     parameters: int
     spent: Mapping[str, float]
+    diverged: tuple[int, ...] = ()
+    family: str = ""
 
 
 @dataclass(frozen=True)
 class Order:
-    """How two arms stand on a metric. gap: above 0 where the first is better. spread: the larger of both arms', which
-    one seed does not tell (known)."""
+    """How two arms stand on a metric. gap: above 0 where the first is better; None where one has no value. spread: the
+    larger of both arms', which one seed does not tell, nor seeds of which some diverged (known)."""
 
     first: str
     second: str
-    gap: float
+    gap: float | None
     spread: float
     known: bool = True
 
     @property
     def outcome(self) -> str:
-        if not self.known or abs(self.gap) <= 2 * self.spread:
+        if not self.known or self.gap is None or abs(self.gap) <= 2 * self.spread:
             return "unresolved"
         return "above" if self.gap > 0 else "below"
 
@@ -63,6 +67,8 @@ class Found:
 
     smaller: metrics of which less is better. brief: those of a terminal beside the main one. curves: plots of losses
     along the longest rows, by name of the row; trained: the length that a line marks there. note: what is measured.
+    races: plots of losses by seconds of training; against: arms and the one that each is ordered against, the first
+    unless some are given.
     """
 
     name: str
@@ -84,6 +90,8 @@ class Found:
     note: str = ""
     trained: int | None = None
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    races: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    against: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tables(self) -> tuple[Mapping[str, Any], ...]:
@@ -93,14 +101,19 @@ class Found:
         return (self.published,) if isinstance(self.published, Mapping) else tuple(self.published)
 
     def orders(self) -> list[Order]:
-        """Every arm against the first one, and against the trivial rival."""
+        """Every arm against the first one, or the first of its race, and against the trivial rival."""
         first, *others = self.rows
-        pairs = [(row, first) for row in others] + [(row, self.rival) for row in self.rows if self.rival is not None]
+        pairs = [(row, first) for row in others]
+        if self.against:
+            by_name = {row.name: row for row in self.rows}
+            pairs = [(by_name[name], by_name[other]) for name, other in self.against.items()]
+        pairs += [(row, self.rival) for row in self.rows if self.rival is not None]
         return [self.order(a, b, self.main) for a, b in pairs]
 
     def order(self, a: Row, b: Row, metric: str) -> Order:
-        """How two rows stand to each other: unresolved where one seed was run, which shows no spread."""
-        return replace(order(a, b, metric, self.smaller), known=len(self.seeds) > 1)
+        """How two rows stand to each other: unresolved where one seed was run, which shows no spread, or one diverged."""
+        known = len(self.seeds) > 1 and not a.diverged and not b.diverged
+        return replace(order(a, b, metric, self.smaller), known=known)
 
     def against_print(self, table: Mapping[str, Any] | None = None) -> list[tuple[str, str, str, str]]:
         """(arm, arm, what is in print, what is found here) of every pair of a table in print, the first unless given."""
@@ -124,6 +137,8 @@ class Found:
             one: dict[str, Any] = {"case": row.name, "metric": self.titles[metric], "ours": round(ours, 4)}
             one |= {"spread": round(spread, 4), "seeds": list(self.seeds), "trainable": row.trainable}
             one |= {"peak_mb": round(row.spent["peak_bytes"] / 1e6)} if row.spent else {}
+            one |= {"minutes": round(row.spent["seconds"] / 60, 2)} if "seconds" in row.spent else {}
+            one |= {"state_bytes": row.spent["state_bytes"]} if "state_bytes" in row.spent else {}
             if self.rival is not None and metric in self.rival.metrics:
                 theirs = self.rival.metrics[metric][0]
                 one |= {
@@ -133,8 +148,13 @@ class Found:
                 }
             for table in self.tables:
                 if row.name in table["values"] and table["metric"] == metric:
-                    one |= {"published": table["values"][row.name], "published_in": table["source"]}
+                    one |= {"published": _printed(table, row.name), "published_in": table["source"]}
             rows.append(one)
+        rows += [
+            {"case": row.name, "metric": "runs that diverged", "ours": len(row.diverged), "seeds": list(row.diverged)}
+            for row in self.rows
+            if row.diverged
+        ]
         data = {n: plain(getattr(self, n)) for n in ("name", "date", "device", "versions", "command")} | {"rows": rows}
         data["orders"] = [plain(o) | {"outcome": o.outcome} for o in self.orders()]
         data["against_print"] = [
@@ -143,6 +163,7 @@ class Found:
             for p in self.against_print(table)
         ]
         data |= {"curves": plain(self.curves)} if self.curves else {}
+        data |= {"races": plain(self.races)} if self.races else {}
         return data | {"samples": plain(self.samples), "recipe": plain(self.recipe)}
 
     def __rich__(self) -> Any:
@@ -163,6 +184,8 @@ class Found:
 
 def order(first: Row, second: Row, metric: str, smaller: Collection[str] = SMALLER_IS_BETTER) -> Order:
     """How `first` stands to `second` on a metric. smaller: metrics of which less is better."""
+    if metric not in first.metrics or metric not in second.metrics:
+        return Order(first.name, second.name, None, 0.0)
     (a, spread_a), (b, spread_b) = first.metrics[metric], second.metrics[metric]
     return Order(first.name, second.name, b - a if metric in smaller else a - b, max(spread_a, spread_b))
 
@@ -171,19 +194,22 @@ def page(found: Found) -> str:
     """The page as text: nothing is fetched."""
     title = found.titles[found.main]
     columns, cells = _cells(found)
+    broken = " Runs whose loss ceased to be finite are left out, and no order is claimed of their arms."
     body = [
         f"<h1>{escape(found.name)}</h1>"
         f'<p class="soft">{escape(found.date)} · {escape(found.device)} · '
         + escape(", ".join(f"{k} {v}" for k, v in found.versions.items()))
         + f" · <code>{escape(found.command)}</code></p>",
-        _by_position(found) if found.curves else _against_cost(found),
+        clock.section(found.races) if found.races else "",
+        _by_position(found) if found.curves else "" if found.races else _against_cost(found),
+        _against_state(found) if any(row.family for row in found.rows) else "",
         html.table(columns, cells),
         f'<p class="soft">Means over seeds {", ".join(map(str, found.seeds))}, ± largest less smallest. Peak memory: of '
-        f"training, the process's where the device is a CPU. {escape(found.note)}</p>",
+        f"training, the process's where the device is a CPU.{broken if any(row.diverged for row in found.rows) else ''} {escape(found.note)}</p>",
         "<h2>Orders</h2>"
         + html.table(
             ["arm", "is", "of", f"gap, {title}", "spread over seeds"],
-            [[o.first, o.outcome, o.second, f"{o.gap:+.3f}", f"{o.spread:.3f}"] for o in found.orders()],
+            [[o.first, o.outcome, o.second, _gap(o), f"{o.spread:.3f}"] for o in found.orders()],
         )
         + f'<p class="soft">{escape(CLAIMS)}</p>',
     ]
@@ -208,9 +234,31 @@ def _against_cost(found: Found) -> str:
     title = found.titles[found.main]
     costs = {"trained parameters": lambda r: float(r.trainable), "peak memory, bytes": lambda r: r.spent["peak_bytes"]}
     marks = [
-        plots.Mark(r.name, tuple(cost(r) for cost in costs.values()), r.metrics[found.main][0]) for r in found.rows
+        plots.Mark(r.name, tuple(cost(r) for cost in costs.values()), r.metrics[found.main][0])
+        for r in found.rows
+        if found.main in r.metrics
     ]
+    if not marks:
+        return ""
     return f"<h2>{escape(title)} against cost</h2>" + plots.ladder(marks, xs=list(costs), y=title, colours=colours)
+
+
+def _against_state(found: Found) -> str:
+    title, series = found.titles[found.main], {}
+    for family in dict.fromkeys(row.family for row in found.rows if row.family):
+        points = sorted(
+            (row.spent["state_bytes"], row.metrics[found.main][0])
+            for row in found.rows
+            if row.family == family and found.main in row.metrics and "state_bytes" in row.spent
+        )
+        if points:
+            series[family] = tuple(zip(*points, strict=True))
+    if not series:
+        return ""
+    dashed = list(series)[len(plots.COLOURS) :]
+    x, colours = "decoding state of one row of the trained length, bytes", plots.palette(series, {})
+    plot = plots.lines(series, x=x, y=title, colours=colours, dashed=dashed, log=True)
+    return f"<h2>{escape(title)} against decoding state</h2>{plot}"
 
 
 def _by_position(found: Found) -> str:
@@ -237,6 +285,9 @@ def _cells(found: Found, short: bool = False) -> tuple[list[str], list[list[str]
         metrics = [m for m in metrics if m in kept]
     trained = any(row.spent for row in found.rows)
     timed = any("tokens_per_s" in row.spent for row in found.rows)
+    lasted = any("seconds" in row.spent for row in found.rows)
+    states = len({row.spent.get("state_bytes") for row in found.rows}) > 1
+    broken = any(row.diverged for row in found.rows)
     columns = [
         "arm",
         *(found.titles[m] for m in metrics),
@@ -244,6 +295,9 @@ def _cells(found: Found, short: bool = False) -> tuple[list[str], list[list[str]
         *([] if short else ["of"] if trained else ["parameters"]),
         *(["peak memory"] if trained else []),
         *(["tokens/s"] if timed else []),
+        *(["minutes"] if lasted else []),
+        *(["decoding state"] if states else []),
+        *(["diverged"] if broken else []),
     ]
     several = len(found.tables) > 1
     columns += [f"in print: {found.titles[t['metric']]}" if several else "in print" for t in found.tables]
@@ -257,7 +311,10 @@ def _cells(found: Found, short: bool = False) -> tuple[list[str], list[list[str]
         line += [] if short else [f"{row.parameters:,}"]
         line += [si(row.spent["peak_bytes"]) + "B" if row.spent else "-"] if trained else []
         line += [f"{row.spent['tokens_per_s']:,.0f}" if "tokens_per_s" in row.spent else "-"] if timed else []
-        line += [str(table["values"].get(row.name, "")) for table in found.tables]
+        line += [f"{row.spent['seconds'] / 60:.1f}" if "seconds" in row.spent else "-"] if lasted else []
+        line += [si(row.spent["state_bytes"]) + "B" if row.spent.get("state_bytes") else "-"] if states else []
+        line += ["seeds " + ", ".join(map(str, row.diverged)) if row.diverged else "-"] if broken else []
+        line += [str(_printed(table, row.name)) for table in found.tables]
         cells.append(line)
     return columns, cells
 
@@ -265,11 +322,21 @@ def _cells(found: Found, short: bool = False) -> tuple[list[str], list[list[str]
 def _ordered(orders: Sequence[Order]) -> list[str]:
     """A line an order; where there are many, one for all that stand alike to the same arm."""
     if len(orders) <= _MANY:
-        return [f"{o.first}: {o.outcome} {o.second} (gap {o.gap:+.3f}, spread {o.spread:.3f})" for o in orders]
+        return [f"{o.first}: {o.outcome} {o.second} (gap {_gap(o)}, spread {o.spread:.3f})" for o in orders]
     alike: dict[str, list[str]] = {}
     for o in orders:
         alike.setdefault(f"{o.outcome} {o.second}", []).append(o.first)
     return [f"{how}: {', '.join(names)}" for how, names in alike.items()]
+
+
+def _gap(order: Order) -> str:
+    return "-" if order.gap is None else f"{order.gap:+.3f}"
+
+
+def _printed(table: Mapping[str, Any], name: str) -> Any:
+    """What a table in print says of an arm: a value, its place in an order from 1, or ""."""
+    said = table["values"].get(name, "")
+    return round(-said) if table.get("order") and said else said
 
 
 def _agreement(found: Found, table: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from pydantic import Field, model_validator
 
 from dovetail.data import Pairs
 from dovetail.errors import SpecError, did_you_mean
+from dovetail.objectives.classification import Classification
+from dovetail.report import clock as clocks
+from dovetail.report.clock import Clock
 from dovetail.report.lengths import Lengths, Variant
 from dovetail.sampling import Sampling
 from dovetail.spec.categories import CorpusPart
@@ -19,15 +22,19 @@ from dovetail.spec.spec import validate
 from dovetail.training.recipe import Recipe, Section, overridden, read_yaml
 
 METRICS = {"bleu": "BLEU", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "nats": "nats/token"}
+LABELLED = {"accuracy": "accuracy, %", "nats": "nats/label"}  # of held-out examples with a class each
+HELD_OUT = {"nats": METRICS["nats"], "accuracy": "accuracy, %"}  # of the held-out labels, where nothing else is asked
 
 
 class Arm(Section):
     """One way of training. change: overrides of the base recipe by path, such as `adapter: {kind: lora}`.
 
-    variants: training-free changes of what was trained, each asked what the arm is (lengths alone ask variants).
+    family: arms of one are joined by a line where quality stands against decoding state. variants: training-free changes
+    of what was trained, each asked what the arm is (lengths alone ask variants).
     """
 
     name: str
+    family: str = ""
     change: dict[str, Any] = {}
     variants: tuple[Variant, ...] = ()
 
@@ -54,12 +61,29 @@ class Generate(Section):
 
 class Published(Section):
     """The order in print. metric: as this study calls it. source: paper, table, model. values: by arm, or
-    "ARM: VARIANT", more is better. apart: pairs whose values differ by less are not compared with what is found here."""
+    "ARM: VARIANT", more is better. apart: pairs whose values differ by less are not compared with what is found here.
+    order: in values' place where print has a plot or a sentence: groups of arms, the best first; no order within one."""
 
     metric: str
     source: str
-    values: dict[str, float] = Field(min_length=2)
+    values: dict[str, float] = {}
     apart: float = Field(default=0.0, ge=0)
+    order: tuple[tuple[str, ...], ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Published:
+        named = [name for group in self.order for name in group]
+        if bool(self.values) == bool(self.order) or len(self.values or self.order) < 2 or (self.order and self.apart):
+            raise ValueError("give values (and apart) of two arms or more, or an order of two groups or more")
+        if len(set(named)) < len(named) or not all(self.order):
+            raise ValueError("a group of the order is empty, or an arm stands in it twice")
+        return self
+
+    @property
+    def compared(self) -> dict[str, float]:
+        """The values, or ranks below zero that stand for them: more is better."""
+        ranks = {name: -float(i) for i, group in enumerate(self.order, 1) for name in group}
+        return self.values or ranks
 
 
 class Study(Section):
@@ -67,8 +91,8 @@ class Study(Section):
 
     base may be {model: DIRECTORY} alone: nothing is trained, an arm changes at most the model, and lengths ask it and
     its variants. generate, lengths: what is asked, beside the loss on the held-out text. main: the metric on which
-    orders are claimed; bleu where something is generated, token accuracy at the longest of lengths, else nats (of the
-    held-out text).
+    orders are claimed; bleu where something is generated, token accuracy at the longest of lengths, accuracy of classes,
+    else nats (of the held-out text).
     """
 
     name: str
@@ -77,6 +101,7 @@ class Study(Section):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     generate: Generate | None = None
     lengths: Lengths | None = None
+    clock: Clock | None = None
     main: str | None = None
     published: tuple[Published, ...] = ()
     out: str = "report"
@@ -90,8 +115,13 @@ class Study(Section):
         slugs = [slug(name) for name in names]
         if len(set(slugs)) < len(slugs):
             raise ValueError("two names of arms differ only in signs that no folder is named by")
+        if self.labelled and (self.generate is not None or self.lengths is not None):
+            raise ValueError("what tells classes apart writes nothing: leave generate and lengths out")
         if self.generate is not None and self.lengths is not None:
             raise ValueError("a study asks for completions or at lengths, not both")
+        for name in () if self.clock is None else (arm for race in self.clock.races.values() for arm in race):
+            if name not in names:
+                raise ValueError(f"the clock names {name!r}, which is no arm; {did_you_mean(name, names)}")
         if self.lengths is None and any(arm.variants for arm in self.arms):
             raise ValueError("variants have no effect: only lengths ask them")
         rows = self.rows
@@ -99,12 +129,13 @@ class Study(Section):
         if twice or len(self.truncated) > 1:
             said = f"two variants are called {twice[0]!r}" if twice else "two variants are truncated, and one is enough"
             raise ValueError(said)
-        if len({table.metric for table in self.published}) < len(self.published):
-            raise ValueError("two tables in print are of one metric")
+        told = [(table.metric, name) for table in self.published for name in table.compared]
+        if len(set(told)) < len(told):
+            raise ValueError("two tables in print of one metric have an arm in common")
         for metric in (self.main, *(table.metric for table in self.published)):
             if metric is not None and metric not in self.titles:
                 raise ValueError(f"no metric {metric!r} is measured here; {did_you_mean(metric, list(self.titles))}")
-        for name in (name for table in self.published for name in table.values):
+        for name in (name for table in self.published for name in table.compared):
             if name not in rows or name in self.truncated:
                 raise ValueError(f"published names {name!r}, which is no arm; {did_you_mean(name, rows)}")
         return self
@@ -127,16 +158,32 @@ class Study(Section):
     @property
     def titles(self) -> dict[str, str]:
         """Metric -> how it is called in tables."""
+        times = {} if self.clock is None else clocks.TITLES
         if self.lengths is not None:
-            return self.lengths.titles
-        return METRICS if self.generate is not None else {"nats": METRICS["nats"]}
+            return self.lengths.titles | times
+        if self.labelled:
+            return LABELLED | times
+        return (METRICS if self.generate is not None else HELD_OUT) | times
 
     @property
     def claimed(self) -> str:
         """The metric on which orders are claimed."""
         if self.lengths is not None:
             return self.main or self.lengths.main
-        return self.main or ("bleu" if self.generate is not None else "nats")
+        usual = "bleu" if self.generate is not None else "accuracy" if self.labelled else "nats"
+        return self.main or usual
+
+    @property
+    def labelled(self) -> bool:
+        """Whether what is trained tells classes apart."""
+        objective = self.base.get("objective")
+        kind = objective.get("kind") if isinstance(objective, dict) else objective
+        return kind == Classification.kind
+
+    def held_out(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """Metrics among the held-out scores of a run."""
+        right = {"accuracy": 100 * scores["accuracy"]} if "accuracy" in self.titles else {}
+        return {"nats": scores["nats"]} | right
 
     def recipe(self, arm: Arm, seed: int) -> Recipe:
         """The training recipe of one run. Raises SpecError naming the arm."""
@@ -151,7 +198,7 @@ class Study(Section):
         """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError; every arm is checked."""
         where = str(source) if isinstance(source, (str, Path)) else "recipe"
         fields = overridden(source, overrides, Study.model_fields, "recipes/table_to_text.yaml")
-        for name, section in (("generate", Generate), ("lengths", Lengths)):
+        for name, section in (("generate", Generate), ("lengths", Lengths), ("clock", Clock)):
             if isinstance(fields.get(name), dict):
                 fields[name] = validate(section, fields[name], where=f"{where}: {name}")
         if isinstance(fields.get("published"), dict):
@@ -166,6 +213,8 @@ class Study(Section):
         base = study.base
         if set(base) == {"model"} and isinstance(base["model"], str):
             _only_asks(study, where)
+            if study.clock is not None:
+                raise SpecError("nothing is trained, and a clock is asked", where=f"{where}: clock")
             return study
         if not isinstance(base.get("train"), dict) or "out" in base or "seed" in base["train"]:
             raise SpecError(
@@ -174,7 +223,9 @@ class Study(Section):
                 remedy="or give {model: DIRECTORY} alone, where nothing is trained",
             )
         for arm in study.arms:
-            study.recipe(arm, 0)
+            recipe = study.recipe(arm, 0)
+            if study.clock is not None:
+                study.clock.check(recipe, arm.name)
         return study
 
 

@@ -21,15 +21,14 @@ def override(spec: Spec, changes: Mapping[str, Any]) -> Spec:
 
     Where the part found there names a field that it `adopts` for, a kind of that field's category goes into the
     field: `{kind: yarn}` on a rope becomes its `scaling`. What a new kind does not say it takes from the part found
-    there, where both say that they share it: `{kind: rerope}` on a rope has the rope's theta and scaling; and a kind
-    that stands around another (`logn`) is put around it. No other part moves from where it was put.
+    there, where both say that they share it: `{kind: rerope}` on a rope has the rope's theta and scaling, `linear` on an
+    attention its heads and its position; and a kind that stands around another (`logn`) is put around it. No other part moves from where it was put.
     Raises SpecError for a path that matches nothing, a value that does not fit, or a change to one
     side of a ref only.
     """
     changed = spec
-    touched: list[str] = []
     for path, value in changes.items():
-        changed = _set(changed, path.split("."), value, "", touched)
+        changed = _set(changed, path.split("."), value, "", None)
     _check_refs(spec, changed)
     return changed
 
@@ -149,7 +148,8 @@ def fold(items: tuple[Any, ...]) -> list[tuple[str, Any]]:
     return [(str(a) if b == a + 1 else f"{a}:{b}", item) for a, b, item in runs]
 
 
-def _set(spec: Spec, steps: list[str], value: Any, path: str, touched: list[str]) -> Spec:
+def _set(spec: Spec, steps: list[str], value: Any, path: str, dim: int | None) -> Spec:
+    dim = getattr(spec, "dim", None) or dim  # the width that the innermost part around the place says
     head, rest = _field(spec, steps[0], path), steps[1:]
     here = f"{path}.{head}" if path else head
     current = getattr(spec, head)
@@ -158,20 +158,20 @@ def _set(spec: Spec, steps: list[str], value: Any, path: str, touched: list[str]
         for i in _index(rest[0], len(items), here):
             where = f"{here}.{i}"
             if len(rest) == 1:
-                items[i] = _fit(field_category(type(spec), head), items[i], value, where)
+                items[i] = _fit(field_category(type(spec), head), items[i], value, where, dim)
             elif isinstance(items[i], Spec):
-                items[i] = _set(items[i], rest[1:], value, where, touched)
+                items[i] = _set(items[i], rest[1:], value, where, dim)
             else:
                 raise SpecError(f"nothing to set at {'.'.join(steps)!r}", where=where)
         return spec.replace(**{head: tuple(items)})
     if rest:
         if not isinstance(current, Spec):
             raise SpecError(f"{here} holds {current!r}, which has no field {rest[0]!r}", where=here)
-        return spec.replace(**{head: _set(current, rest, value, here, touched)})
-    return spec.replace(**{head: _fit(field_category(type(spec), head), current, value, here)})
+        return spec.replace(**{head: _set(current, rest, value, here, dim)})
+    return spec.replace(**{head: _fit(field_category(type(spec), head), current, value, here, dim)})
 
 
-def _fit(category: str | None, current: Any, value: Any, where: str) -> Any:
+def _fit(category: str | None, current: Any, value: Any, where: str, dim: int | None) -> Any:
     """`value` as `category`, or placed into the field that `current` adopts its kind for."""
     if category is None or value is None or (isinstance(current, tuple) and isinstance(value, (list, tuple))):
         return value
@@ -189,17 +189,17 @@ def _fit(category: str | None, current: Any, value: Any, where: str) -> Any:
             return current.replace(**{current.adopts: Spec.parse(inner, value, f"{where}.{current.adopts}")})
     if not isinstance(value, Spec) and kind in registry.kinds(category):
         known = value if isinstance(value, Mapping) else {}
-        value = _taken(current, registry.entry(category, str(kind)).cls) | {"kind": kind, **known}
+        value = _taken(current, registry.entry(category, str(kind)).cls, dim) | {"kind": kind, **known}
     return Spec.parse(category, value, where)
 
 
-def _taken(current: Any, cls: type[Spec]) -> dict[str, Any]:
+def _taken(current: Any, cls: type[Spec], dim: int | None) -> dict[str, Any]:
     """What a new part of class `cls` takes from the part at its place, unless it says otherwise."""
     if not isinstance(current, Spec) or current.kind == "ref":
         return {}
     if cls.around is not None:
         return {cls.around: getattr(current, cls.around) if type(current) is cls else current}
-    return {} if type(current) is cls else {n: getattr(current, n) for n in cls.keeps if n in current.keeps}
+    return {} if type(current) is cls else {n: v for n, v in current.hands_on(dim).items() if n in cls.keeps}
 
 
 def _field(spec: Any, name: str, path: str) -> str:

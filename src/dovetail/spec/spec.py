@@ -30,6 +30,10 @@ class Spec(BaseModel):
     keeps: ClassVar[tuple[str, ...]] = ()  # fields that kindred kinds share: an override by another keeps them
     around: ClassVar[str | None] = None  # the field into which an override by this kind puts what stood there
 
+    def hands_on(self, dim: int | None) -> dict[str, Any]:
+        """What an override by a kindred kind takes over: `keeps`, in a place of width `dim` (None: unknown)."""
+        return {name: getattr(self, name) for name in self.keeps}
+
     def build(self, slot: Slot) -> nn.Module:
         """The module of this spec for the place that `slot` describes."""
         raise SpecError(f"{type(self).__name__} cannot be built", where=slot.path)
@@ -140,7 +144,8 @@ def validate(cls: type[Any], fields: dict[str, Any], where: str = "") -> Any:
                 f"{name} has no field {key!r}", where=place, remedy=did_you_mean(key, cls.model_fields)
             ) from None
         if first["type"] == "missing":
-            raise SpecError(f"{name} needs {first['loc'][-1]!r}", where=place) from None
+            missing = first["loc"][-1]
+            raise SpecError(f"{name} needs {missing!r}", where=place, remedy=f"give {missing}") from None
         got = "" if inner else f" (got {first['input']!r})"
         message = first["msg"].removeprefix("Value error, ")
         raise SpecError(f"{name}: {message}{got}", where=place) from None

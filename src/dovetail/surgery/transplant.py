@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dovetail.errors import SpecError
 from dovetail.models import build
 from dovetail.spec import Spec
+from dovetail.spec.registry import entries
 from dovetail.surgery.maps import Exactness, Mapped, Place, find_map, map_entries, whole_maps
 
 
@@ -70,7 +71,8 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
     settled: set[str] = set()
     lost: dict[str, str] = {}  # of a shape that fits, but a map says that they mean something else now
     used: set[str] = set()
-    for path, (own, mapped) in _mapped(model, grown, new, old, old_parts, new_parts, owners).items():
+    maps = _mapped(model, grown, new, old, old_parts, new_parts, owners)
+    for path, (own, mapped) in maps.items():
         asked = anew.intersection(own)
         if own and asked.issuperset(own):
             continue
@@ -93,6 +95,7 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         how = "re-initialised in place of: " + mapped.how if redrawn else mapped.how
         exactness: Exactness = "reinitialised" if redrawn else mapped.exactness
         count = sum(t.numel() for t in mapped.tensors.values())
+        count -= sum((b - a) * mapped.tensors[n][0].numel() for n, rows in mapped.drawn.items() for a, b in rows)
         result.moves.append(Move(path, exactness, how, count, {} if redrawn else dict(mapped.errors)))
     for name, target in wanted.items():
         if name in settled:
@@ -106,13 +109,15 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         else:
             result.reinitialised.append(name)
     started = [name for name in result.reinitialised if name not in settled]
-    _refuse_lost(wanted, set(started), anew, lost, old_parts, new_parts)
+    inside = _inside([path for path, (_, mapped) in maps.items() if mapped.tensors], old, new_parts, old_parts, wanted)
+    _refuse_lost(wanted, set(started), anew | inside, lost, old_parts, new_parts)
     result.dropped = sorted(old.keys() - used)
     groups: dict[str, list[str]] = {}
     for name in started:
         groups.setdefault(owners[name], []).append(name)
     for path, names in groups.items():
-        why = "its weights mean something else there" if lost.keys() >= set(names) else "nothing to carry it from"
+        other = lost.keys() & old.keys() >= set(names)
+        why = "its weights mean something else there" if other else "nothing to carry it from"
         how = "on request" if anew.issuperset(names) else why
         result.moves.append(Move(path, "reinitialised", how, sum(wanted[n].numel() for n in names)))
     for name, target in wanted.items():
@@ -145,7 +150,8 @@ def _mapped(
             continue
         prefix = f"{path}." if path else ""
         local = {n.removeprefix(prefix): t for n, t in old.items() if _owner(n, old_parts) == path}
-        place = Place(getattr(new, "dim", 0), grown.get_submodule(path), getattr(new, "context", None))
+        module, stood = grown.get_submodule(path), model.get_submodule(path)
+        place = Place(getattr(new, "dim", 0), module, getattr(new, "context", None), stood)
         mapped = mapping(before, part, local, place)
         if mapped is not None:
             found[path] = mapped
@@ -191,6 +197,22 @@ def _refuse_lost(
     )
 
 
+def _inside(
+    paths: Iterable[str],
+    old: Mapping[str, Tensor],
+    new_parts: Mapping[str, Spec],
+    old_parts: Mapping[str, Spec],
+    wanted: Iterable[str],
+) -> set[str]:
+    """Weights of the parts that a part of another kind, itself carried to these paths, brings where none had weights."""
+    others = [p for p in paths if p in old_parts and old_parts[p].kind != new_parts[p].kind]
+    found: set[str] = set()
+    for path in new_parts:
+        if any(path.startswith(f"{p}.") for p in others) and not any(name.startswith(f"{path}.") for name in old):
+            found.update(name for name in wanted if name.startswith(f"{path}."))
+    return found
+
+
 def _instead(before: Spec | None, part: Spec) -> str:
     """What would carry weights in place of a refused swap."""
     category = part.category
@@ -204,6 +226,10 @@ def _instead(before: Spec | None, part: Spec) -> str:
     if before is None:
         return ""
     kinds = sorted({e.new for e in map_entries() if (e.category, e.old) == (category, before.kind) and e.new != "*"})
+    if category == "mixer":  # one map for all that have heads, which they say by the fields that they keep
+        kinds = [e.kind for e in entries() if e.category == category and set(e.cls.keeps) & set(before.keeps)]
+        if part.kind in kinds and not kept:
+            return "leave its heads out, so that those that were there stay, or "
     return f"from {before.kind!r} weights are carried to: {', '.join(kinds)}; or " if kinds and not kept else ""
 
 

@@ -39,7 +39,8 @@ def attention_width(model: nn.Module) -> int:
     """Σ over softmax attentions of heads x (key width + value width): scores and sums cost 2 of these a key seen."""
     total = 0
     for module in model.modules():
-        if all(isinstance(getattr(module, name, None), int) for name in ("heads", "head_dim", "value_dim")):
+        sizes = all(isinstance(getattr(module, name, None), int) for name in ("heads", "head_dim", "value_dim"))
+        if sizes and hasattr(module, "rule"):  # mixers with a matrix state have heads too, and no mask
             part: Any = module
             total += part.heads * (part.head_dim + part.value_dim)
     return total

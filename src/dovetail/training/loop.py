@@ -20,7 +20,7 @@ from dovetail.adapters.files import check_room
 from dovetail.adapters.many import after_backward, before_step, penalty
 from dovetail.data import Batches, Sampler
 from dovetail.data.rows import Rows, collate, real_tokens
-from dovetail.errors import CheckpointError, ConfigError, DataError, RunError, SpecError
+from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError
 from dovetail.objectives import Objective
 from dovetail.training import checkpoint
 from dovetail.training.device import autocast, compiled, peak_memory, peak_rate, precision
@@ -69,7 +69,7 @@ def fit(
 
     source: a YAML file, plain data or a Recipe; overrides: `train.steps=40`. resume goes on from the last checkpoint
     in `out` (from the start when there is none), bitwise as if never interrupted on one device.
-    Raises UserErrors for what the recipe asks, RunError for NaN losses and disks that are full.
+    Raises UserErrors for what the recipe asks, DivergedError for NaN losses, RunError for disks that are full.
     """
     recipe = Recipe.load(source, overrides)
     if recipe.out is None:
@@ -108,7 +108,9 @@ class Run:
             rows, Sampler(len(rows), t.seed), t.batch, pin=self.device.type == "cuda", length=self._length
         )
         self.lr: float = t.lr or (recipe.adapter.rate(self.model.spec.dim) if recipe.adapter else 1e-3)  # type: ignore[attr-defined]
-        self.optimizer = adamw(self.model, lr=self.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
+        self.optimizer = adamw(
+            self.model, lr=self.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, rates=t.rates
+        )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = Average(trainable(self.model).items(), t.ema) if t.ema else None
         self.compiled = compiled(self.model, t.checkpointing) if t.compile else self.model
@@ -178,7 +180,8 @@ class Run:
                 if due["eval"] and self.parts.held_out is not None:
                     held_out = self.evaluate()
                     log.write(self.step, {f"held_out_{name}": value for name, value in held_out.items()})
-                    bar.say(f"step {self.step}  held-out {held_out['nats']:.4f} nats a token")
+                    scored = f"{held_out['nats']:.4f} nats, {held_out['accuracy']:.2%} right"
+                    bar.say(f"step {self.step}  held-out {scored}")
                     rate.restart()
                 if due["save"]:
                     self.save()
@@ -266,13 +269,13 @@ class Run:
                 self.average.swap()
 
     def _read(self, pending: list[tuple[int, Tensor, Tensor]]) -> dict[str, float]:
-        """The newest loss and norm; raises RunError naming the first step whose numbers are not finite."""
+        """The newest loss and norm; raises DivergedError naming the first step whose numbers are not finite."""
         values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in pending]).tolist()
         for (step, _, _), (loss, norm) in zip(pending, values, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = checkpoint.found(self.out)
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-                raise RunError(
+                raise DivergedError(
                     f"{what} at step {step}",
                     where=str(self.out),
                     remedy="lower train.lr, lengthen train.warmup or look at the data; "

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dovetail.errors import BuildError
+from dovetail.errors import BuildError, SpecError
 from dovetail.parts.adaptable import Adapter
 from dovetail.parts.weights import Linear, Lookup
 
 
 def adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2017) over the parameters that take gradients.
 
     Decay is for matrices: vectors (norms, biases), lookup tables and what a module lists as `undecayed` have none. Each group carries `peak`, its
-    own top rate: lr times what the init scheme says of the role (muP), or an adapter of its parameter (LoRA+). Raises BuildError when nothing is trainable.
+    own top rate: lr times what the init scheme says of the role (muP), or an adapter of its parameter (LoRA+); rates: path
+    patterns ("blocks.*.mixer.log_dt") and the rate in lr's place, of which the first that matches counts. Raises
+    BuildError when nothing is trainable, SpecError for a pattern that no parameter goes by.
     """
+    own = dict(rates or {})
+    idle = set(own)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     done: set[int] = set()
     for path, module in model.named_modules():
@@ -31,9 +42,18 @@ def adamw(
             flat = parameter.dim() < 2 or isinstance(module, nn.Embedding) or leaf in getattr(module, "undecayed", ())
             scale = _scale(module, path) if parameter.dim() >= 2 else 1.0
             scale = module.lr_scale(leaf) if isinstance(module, Adapter) else scale
-            groups.setdefault((lr * scale, 0.0 if flat else weight_decay), []).append(parameter)
+            named = f"{path}.{leaf}".lstrip(".")
+            given = next((pattern for pattern in own if fnmatchcase(named, pattern)), None)
+            idle.discard(given)
+            peak = lr if given is None else own[given]
+            groups.setdefault((peak * scale, 0.0 if flat else weight_decay), []).append(parameter)
     if not groups:
         raise BuildError("no parameter of this model takes gradients")
+    if idle:
+        raise SpecError(
+            f"a rate of its own for {sorted(idle)[0]!r}, by which no trained parameter goes", where="train.rates",
+            remedy="see the names of the model's parameters; an earlier pattern may have taken them all",
+        )  # fmt: skip
     listed = [{"params": p, "lr": peak, "peak": peak, "weight_decay": wd} for (peak, wd), p in groups.items()]
     return torch.optim.AdamW(listed, lr=lr, betas=betas, eps=eps, fused=True)
 

@@ -23,7 +23,7 @@ from dovetail.training.device import autocast, choose, peak_memory, peak_rate, p
 from dovetail.training.flops import parameter_count
 from dovetail.training.memory import FROZEN, METHODS, Estimate, Method, estimate, remedies, train_flops
 from dovetail.training.recipe import Recipe
-from dovetail.training.setup import Parts, hub_folder, load_tokenizer, model_spec, set_up, with_helpers
+from dovetail.training.setup import Parts, hub_folder, labelled_sets, load_tokenizer, model_spec, set_up, with_helpers
 
 _SHOWN = 256  # tokens of the first row that are printed
 _MFU = 0.4  # what a tuned run reaches; times without a dry run assume it and say so
@@ -129,11 +129,17 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
         return Preflight(recipe, parameter_count(model), about, estimates, advice, None, (), None, hours)
     parts = set_up(recipe)
     rows = parts.rows(parts.train)
-    batch = Batches(rows, Sampler(len(rows), t.seed), t.batch).next()
+    batch: dict[str, Tensor] | None = Batches(rows, Sampler(len(rows), t.seed), t.batch).next()
     check_labels(batch, recipe.objective)
     dry = dry_run(parts, rows)
-    shown = _written(batch)[0, :_SHOWN].tolist()  # ids that the tokenizer does not know (sentinels) by their numbers
-    pieces = tuple(parts.tokenizer.decode([i], skip_special=False) or f"<{i}>" for i in shown)
+    pieces: tuple[str, ...] = ()
+    if "values" in batch:  # numbers are not shown
+        batch = None
+    else:
+        shown = _written(batch)[
+            0, :_SHOWN
+        ].tolist()  # ids that the tokenizer does not know (sentinels) by their numbers
+        pieces = tuple(parts.tokenizer.decode([i], skip_special=False) or f"<{i}>" for i in shown)
     hours = dry["seconds"] * t.accumulate * t.steps / 3600
     cut = getattr(rows, "cut", 0)
     return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut)
@@ -152,7 +158,7 @@ def check_labels(batch: dict[str, Tensor], objective: Any) -> None:
     if empty:
         raise DataError(
             f"the first batch has no label for {', '.join(empty)}: nothing would be learnt",
-            where=f"{batch['tokens'].shape[0]} rows of {batch['tokens'].shape[1]} tokens",
+            where=f"{len(batch['labels'])} rows",
             remedy="documents of one token have nothing to predict; check the corpus and its field or separator",
         )
 
@@ -181,7 +187,9 @@ def dry_run(parts: Parts, rows: Rows) -> dict[str, float]:
 def _on_paper(recipe: Recipe) -> Any:
     """The recipe's model on the meta device."""
     if isinstance(recipe.model, dict):
-        return build(model_spec(recipe, load_tokenizer(recipe)), weights=False)
+        labelled = labelled_sets(recipe)
+        tokenizer: Any = load_tokenizer(recipe) if labelled is None else None
+        return build(model_spec(recipe, tokenizer, labelled), weights=False)
     return build(read_config(hub_folder(recipe.model))[0], weights=False)
 
 

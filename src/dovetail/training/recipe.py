@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -48,7 +48,8 @@ class Train(Section):
     """How it is trained.
 
     steps: optimiser steps. batch: rows in a micro-batch; accumulate: micro-batches in a step. length: tokens in a row.
-    lr: peak rate; 1e-3, or the adapter's tuned one at the model's width, unless given; warmup: steps of linear rise; schedule: its course after that, down to `final` times lr; decay: the
+    lr: peak rate; 1e-3, or the adapter's tuned one at the model's width, unless given; rates: other ones, by patterns of
+    parameters' paths ("*.mixer.log_dt": 1e-3), the first that matches; warmup: steps of linear rise; schedule: its course after that, down to `final` times lr; decay: the
     last share of steps in which "wsd" falls. clip: largest gradient norm (0: none). ema: decay of an averaged copy of
     the weights, which is then what is evaluated and exported (0: none). autocast: "auto" takes bf16 where the device
     computes it faster. save_every, eval_every, log_every: in steps (0: only at the end). keep: checkpoints that stay.
@@ -60,6 +61,7 @@ class Train(Section):
     accumulate: int = Field(default=1, ge=1)
     length: int = Field(default=512, ge=2)
     lr: float | None = Field(default=None, gt=0)
+    rates: dict[str, Annotated[float, Field(gt=0)]] = {}
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     eps: float = 1e-8
     weight_decay: float = Field(default=0.1, ge=0)

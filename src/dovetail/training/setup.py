@@ -15,6 +15,8 @@ import torch
 from dovetail import hub
 from dovetail.adapters import adapt, load_adapter
 from dovetail.data import Corpus, TokenSet, cache_folder, prepare, train_tokenizer
+from dovetail.data.generated import Generated, GeneratedRows, GeneratedSet, write_numbers
+from dovetail.data.labelled import Labelled, LabelledSet
 from dovetail.data.rows import Rows
 from dovetail.data.spans import sentinels
 from dovetail.errors import SpecError
@@ -25,44 +27,53 @@ from dovetail.objectives.base import check_direction
 from dovetail.objectives.masked_lm import MaskedLm
 from dovetail.objectives.span_corruption import SpanCorruption
 from dovetail.parts.containers import StackModule
-from dovetail.spec import Spec, entry
+from dovetail.spec import Entry, Spec, entry, entry_of
 from dovetail.surgery import quantise
 from dovetail.training.device import choose, precision
 from dovetail.training.questions import rows_for
 from dovetail.training.recipe import Recipe, TokenizerTraining
 
+Labels = tuple[LabelledSet, LabelledSet | None]  # to train on and held out
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What a recipe is made of once it stands. held_out is None without a held-out corpus."""
+    """What a recipe is made of once it stands. held_out is None without a held-out corpus, tokenizer where nothing is
+    text."""
 
     recipe: Recipe
     device: torch.device
     tokenizer: hub.Tokenizer
     model: Any
-    train: TokenSet
-    held_out: TokenSet | None
+    train: TokenSet | GeneratedSet | LabelledSet
+    held_out: TokenSet | GeneratedSet | LabelledSet | None
 
-    def rows(self, tokens: TokenSet) -> Rows:
-        """Rows as the objective asks for them: always the same of the held-out text."""
+    def rows(self, tokens: TokenSet | GeneratedSet | LabelledSet) -> Rows:
+        """Rows as the objective asks for them: always the same of the held-out text. Raises SpecError, DataError."""
         objective: Any = self.recipe.objective
-        return rows_for(objective, self, tokens, 0 if tokens is self.held_out else self.recipe.train.seed)
+        seed = 0 if tokens is self.held_out else self.recipe.train.seed
+        if isinstance(tokens, LabelledSet):
+            return tokens
+        if isinstance(tokens, GeneratedSet):
+            return _generated(objective, self, tokens, seed)
+        return rows_for(objective, self, tokens, seed)
 
 
 def set_up(recipe: Recipe) -> Parts:
     """Tokenizer, token sets and the model on its device, everything seeded. Raises UserErrors."""
     device = choose(recipe.train.device)
     seed_all(recipe.train.seed)
-    tokenizer = load_tokenizer(recipe)
-    model = make_model(recipe, tokenizer, device).to(device)
+    labelled = labelled_sets(recipe)
+    tokenizer: Any = load_tokenizer(recipe) if labelled is None else None
+    model = make_model(recipe, tokenizer, device, labelled).to(device)
     check_direction(recipe.objective.kind, model)
     for module in model.modules():
         if isinstance(module, StackModule):
             module.checkpointing = recipe.train.checkpointing
-    train = prepare(_corpus(recipe.data.train), tokenizer, recipe.data.cache)
-    held_out = None
-    if recipe.data.held_out is not None:
-        held_out = prepare(_corpus(recipe.data.held_out), tokenizer, recipe.data.cache)
+    if labelled is not None:
+        return Parts(recipe, device, tokenizer, model, *labelled)
+    train = _token_set(recipe, recipe.data.train, tokenizer)
+    held_out = None if recipe.data.held_out is None else _token_set(recipe, recipe.data.held_out, tokenizer)
     return Parts(recipe, device, tokenizer, model, train, held_out)
 
 
@@ -74,9 +85,13 @@ def seed_all(seed: int) -> None:
 
 def tokenizer_folder(recipe: Recipe) -> Path:
     """Where the recipe's tokenizer is; trained into the cache on first use. Raises SpecError."""
-    wanted = recipe.tokenizer
+    wanted, corpus = recipe.tokenizer, _corpus(recipe.data.train)
+    if isinstance(corpus, Generated) and wanted is None and isinstance(recipe.model, dict):
+        folder = cache_folder(recipe.data.cache) / "tokenizers" / f"numbers-{corpus.ids}"
+        if not (folder / "tokenizer.json").is_file():
+            write_numbers(corpus.ids, folder)
+        return folder
     if isinstance(wanted, TokenizerTraining):
-        corpus = _corpus(recipe.data.train)
         mask = isinstance(recipe.objective, MaskedLm)
         name = hashlib.sha256(f"{corpus.fingerprint()}{wanted.train}{'mask' * mask}".encode()).hexdigest()[:24]
         folder = cache_folder(recipe.data.cache) / "tokenizers" / name
@@ -97,7 +112,9 @@ def load_tokenizer(recipe: Recipe) -> hub.Tokenizer:
 
 
 def copy_tokenizer(recipe: Recipe, out: Path) -> None:
-    """The tokenizer's files into the run's folder, so that its checkpoints are whole."""
+    """The tokenizer's files into the run's folder, so that its checkpoints are whole; nothing where there is none."""
+    if isinstance(recipe.data.train, Labelled):
+        return
     source = tokenizer_folder(recipe)
     for name in COMPANIONS:
         if (source / name).is_file() and source.resolve() != out.resolve():
@@ -110,11 +127,19 @@ def hub_folder(path: str) -> Path:
     return resolve(path)
 
 
-def model_spec(recipe: Recipe, tokenizer: hub.Tokenizer) -> Spec:
-    """The spec of a new model: vocab and context are the tokenizer's and the rows' unless given. Raises SpecError."""
+def model_spec(recipe: Recipe, tokenizer: hub.Tokenizer, labelled: Labels | None = None) -> Spec:
+    """The spec of a new model: vocab and context are the tokenizer's and the rows' unless given, features and classes the
+    labelled data's. Raises SpecError."""
     assert isinstance(recipe.model, dict)
     data = dict(recipe.model)
-    known = entry("model", str(data.get("kind"))).cls.model_fields
+    about = entry("model", str(data.get("kind")))
+    known = about.cls.model_fields
+    _check_reads(about, labelled)
+    if labelled is not None:
+        data.setdefault("context", recipe.train.length)
+        data.setdefault("features", labelled[0].values.shape[-1])
+        data.setdefault("classes", labelled[0].classes)
+        return Spec.parse("model", data, where="model")
     if "vocab" in known:
         data.setdefault("vocab", tokenizer.vocab_size + _extra_ids(recipe, tokenizer))
     if "context" in known:
@@ -136,17 +161,21 @@ def _extra_ids(recipe: Recipe, tokenizer: hub.Tokenizer) -> int:
     return objective.sentinels
 
 
-def make_model(recipe: Recipe, tokenizer: hub.Tokenizer, device: torch.device) -> Any:
+def make_model(recipe: Recipe, tokenizer: hub.Tokenizer, device: torch.device, labelled: Labels | None = None) -> Any:
     """A new model from the recipe's spec and seed, or a checkpoint in fp32 (autocast rounds, masters do not).
 
     What is frozen under an adapter has no masters: it stays in its stored dtype, or in the codes of `storage`.
     """
     if isinstance(recipe.model, dict):
-        model = build(model_spec(recipe, tokenizer), seed=recipe.train.seed)
+        model = build(model_spec(recipe, tokenizer, labelled), seed=recipe.train.seed)
     else:
         frozen = recipe.adapter is not None and precision(recipe.train.autocast, device) == "bf16"
         model = hub.load(recipe.model, dtype=None if frozen else torch.float32, device=device)
-        check_vocab(model.spec, tokenizer)
+        _check_reads(entry_of(model.spec), labelled)
+        if labelled is None:
+            check_vocab(model.spec, tokenizer)
+    if labelled is not None:
+        _check_shape(model.spec, *labelled)
     if recipe.storage is not None:
         quantise(model, recipe.storage)  # type: ignore[arg-type]
     for name, folder in recipe.adapters.items():
@@ -184,6 +213,71 @@ def check_vocab(spec: Any, tokenizer: hub.Tokenizer) -> None:
             where="model.vocab",
             remedy="leave vocab out, or train a smaller tokenizer",
         )
+
+
+def labelled_sets(recipe: Recipe) -> Labels | None:
+    """Training and held-out examples, where the corpora are labelled; None where they are texts. Raises SpecError."""
+    train, held_out = recipe.data.train, recipe.data.held_out
+    labelled, asked = isinstance(train, Labelled), entry("objective", str(recipe.objective.kind)).capabilities
+    if labelled != bool(asked.get("labelled")) or (held_out is not None and isinstance(held_out, Labelled) != labelled):
+        said = "one of data.train and data.held_out is labelled" if labelled == bool(asked.get("labelled")) else (
+            f"{recipe.objective.kind} on a corpus {train.kind!r}, which has " + ("labels" if labelled else "no labels")
+        )  # fmt: skip
+        raise SpecError(said, where="objective", remedy="train on labelled data with the objective classification")
+    if not isinstance(train, Labelled):
+        return None
+    if recipe.tokenizer is not None or recipe.data.pack != "documents":
+        idle = "tokenizer" if recipe.tokenizer is not None else "data.pack"
+        raise SpecError("it has no effect: labelled data are not text", where=idle, remedy="leave it out")
+    sets = train.examples(), held_out.examples() if isinstance(held_out, Labelled) else None
+    length = sets[0].values.shape[1]
+    if recipe.train.length != length:
+        raise SpecError(
+            f"rows of {recipe.train.length} are asked for, and those of the data are {length} long",
+            where="train.length",
+            remedy=f"set it to {length}",
+        )
+    return sets
+
+
+def _check_reads(model: Entry, labelled: Labels | None) -> None:
+    """Raises SpecError for a model of tokens on data that is numbers, and the other way round."""
+    if (model.capabilities.get("reads") == "values") != (labelled is not None):
+        raise SpecError(
+            f"a model {model.kind!r} reads " + ("tokens, and this data is numbers" if labelled else "no text"),
+            where="model",
+            remedy="train a sequence_classifier" if labelled else "train it on labelled data: {kind: pixels}",
+        )
+
+
+def _check_shape(spec: Any, train: LabelledSet, held_out: LabelledSet | None) -> None:
+    """Raises SpecError for a model that reads or tells apart something else than the data."""
+    for data, where in ((train, "data.train"), (held_out, "data.held_out")):
+        if data is not None and (data.values.shape[2:], data.classes) != ((spec.features,), spec.classes):
+            raise SpecError(
+                f"examples of shape {data.values.shape[1:]} in {data.classes} classes, and the model reads "
+                f"{spec.features} numbers at a time and tells {spec.classes} classes apart",
+                where=where,
+                remedy="leave model.features and model.classes out; images become sequences by {kind: pixels}",
+            )
+
+
+def _token_set(recipe: Recipe, spec: Any, tokenizer: hub.Tokenizer) -> TokenSet | GeneratedSet:
+    corpus = _corpus(spec)
+    if isinstance(corpus, Generated):
+        return GeneratedSet.of(corpus, tokenizer)
+    return prepare(corpus, tokenizer, recipe.data.cache)
+
+
+def _generated(objective: Any, parts: Parts, tokens: GeneratedSet, seed: int) -> Rows:
+    """Rows whose labels are the corpus's own. Raises SpecError for an objective or a model that asks otherwise."""
+    if objective.kind != "next_token" or hasattr(parts.model, "encode"):
+        raise SpecError(
+            f"the corpus {tokens.corpus.kind!r} says itself what is asked, of a model that reads one text",
+            where="objective",
+            remedy="train a decoder on it, with the objective next_token",
+        )
+    return GeneratedRows(tokens.corpus, parts.recipe.train.length, seed)
 
 
 def _corpus(spec: Any) -> Corpus:

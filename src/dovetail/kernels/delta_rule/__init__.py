@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
 from dovetail.kernels.delta_rule import chunked, reference
+from dovetail.kernels.delta_rule.plan import plan
 
 
 def delta_rule(
@@ -29,22 +29,21 @@ def delta_rule(
 
     log_decay: log α <= 0; α = 1 unless given. start: S_0, zero unless given. reset (B,T): True where S is zero before
     the token, as at the first of a packed document. scale: 1/√D unless given. A token with β = 0 and α = 1 is skipped.
+    On CUDA products are made in q's dtype, and added up in fp32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    path = plan(q.shape[2], device=q.device.type, dtype=q.dtype, width=q.shape[3]).path
+    if path == "triton":
+        from dovetail.kernels.delta_rule import triton
+
+        return triton.delta_rule(q, k, v, beta, log_decay, start, reset, factor)
     begin = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=wide) if start is None else start.to(wide)
     log_decay = None if log_decay is None else log_decay.to(wide)
-    run = reference.delta_rule if q.shape[2] == 1 else chunked.delta_rule
+    run = reference.delta_rule if path == "step" else chunked.delta_rule
     with without_autocast(q):
         out, end = run(q.to(wide) * factor, k.to(wide), v.to(wide), beta.to(wide), log_decay, begin, reset)
     return out.to(q.dtype), end
-
-
-def plan(queries: int) -> Plan:
-    """The path for `queries` tokens a row, and why."""
-    if queries == 1:
-        return Plan("step", "one token: one update of the state")
-    return Plan("chunked", "the delta rule over a row: products inside chunks (WY), the state across")
 
 
 __all__ = ["delta_rule", "plan", "reference"]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import without_autocast
+from dovetail.kernels.chunks import has_triton, without_autocast
 from dovetail.kernels.gated_linear import chunked, reference
+
+WIDEST = 256  # of keys and of values, of which a GPU's tiles hold a whole row
 
 
 def gated_linear(
@@ -29,19 +31,28 @@ def gated_linear(
     log_decay: log α <= 0. start: S_0, zero unless given. reset (B,T): True where S is zero before the token, as at the
     first of a packed document. scale: 1/√D unless given. A token with k = 0 and α = 1 is skipped.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    mixed = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    path = plan(q.shape[2], q.device.type, mixed, max(q.shape[3], v.shape[3])).path
+    if path == "triton":
+        from dovetail.kernels.gated_linear import triton
+
+        out, end = triton.gated_linear(q.to(mixed), k.to(mixed), v.to(mixed), log_decay, start, reset, factor)
+        return out.to(q.dtype), end
+    wide = torch.promote_types(q.dtype, torch.float32)
     begin = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=wide) if start is None else start.to(wide)
-    run = reference.gated_linear if q.shape[2] == 1 else chunked.gated_linear
+    run = reference.gated_linear if path == "step" else chunked.gated_linear
     with without_autocast(q):
         out, end = run(q.to(wide) * factor, k.to(wide), v.to(wide), log_decay.to(wide), begin, reset)
     return out.to(q.dtype), end
 
 
-def plan(queries: int) -> Plan:
-    """The path for `queries` tokens a row, and why."""
+def plan(queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
+    """The path for `queries` tokens a row, and why. width: of the wider of keys and values; 0 where no more than usual."""
     if queries == 1:
         return Plan("step", "one token: one update of the state")
+    if device == "cuda" and dtype.itemsize <= 4 and width <= WIDEST and has_triton():
+        return Plan("triton", "decays by channel on CUDA: one walk for the states, then all chunks at once")
     return Plan("chunked", "decays by channel over a row: products between halves inside chunks, the state across")
 
 

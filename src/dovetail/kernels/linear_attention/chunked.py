@@ -52,7 +52,7 @@ def causal(
         if T <= SPAN:
             y, state = _span(*cut, before, state, strict)
         else:
-            y, state = checkpoint(_span, *cut, before, state, strict, use_reentrant=False)  # type: ignore[misc]
+            y, state = checkpoint(_span, *cut, before, state, strict, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
         before = None if rows.document is None else rows.document[:, b - 1 : b]
         out.append(y)
     return (out[0] if len(out) == 1 else torch.cat(out, 2)), state

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
+import torch
+
 from dovetail.kernels.attention import Plan
+from dovetail.kernels.linear_attention.spans import WIDEST
 
 
-def plan(tokens: int, *, causal: bool, segments: bool, state: bool) -> Plan:
-    """tokens: at once. segments: whether rows are padded or packed. state: whether decoding."""
+def plan(
+    tokens: int,
+    *,
+    causal: bool,
+    segments: bool,
+    state: bool,
+    device: str = "cpu",
+    widest: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """tokens: at once. segments: whether rows are padded or packed. state: whether decoding. widest: features or values
+    of a head, whichever are more. dtype: the widest of the inputs'."""
     if state and tokens == 1:
         return Plan("recurrent", "one token: its outer product onto the state, one product with it")
+    if causal and device == "cuda" and widest <= WIDEST and dtype != torch.float64 and _triton():
+        return Plan("triton", "causal on CUDA: spans of a row side by side, their states in registers")
     if causal:
         return Plan(
             "chunked", "causal: products inside chunks, a state from chunk to chunk, made again in the backward"
@@ -16,3 +34,8 @@ def plan(tokens: int, *, causal: bool, segments: bool, state: bool) -> Plan:
     if segments:
         return Plan("chunked", "documents apart: chunks from left to right and back")
     return Plan("products", "nothing is masked: keys times values, then queries times that")
+
+
+@cache
+def _triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

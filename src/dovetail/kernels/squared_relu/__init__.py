@@ -7,10 +7,11 @@ weight 0, and disjoint sets of keys add up.
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from dovetail.errors import BuildError
+from dovetail.kernels import pointwise
 from dovetail.kernels.attention import BoundMask, Plan, Score
-from dovetail.kernels.squared_relu import bands, reference
+from dovetail.kernels.squared_relu import reference
 
 
 def squared_relu(
@@ -28,14 +29,11 @@ def squared_relu(
 
     Raises BuildError for a score that is more than added terms.
     """
-    if score is not None and (score.value_terms is not None or score.cap is not None):
-        raise BuildError(
-            "value terms or a soft cap in a relu² attention",
-            remedy="use a position that only adds to the score (t5_buckets, alibi), or a softmax",
-        )
-    if score is not None and score.scale is not None:
-        scale = score.scale
-    return bands.attend(q, k, v, mask, score, q.shape[-1] ** -0.5 if scale is None else scale, count, dropout)
+
+    def weigh(s: Tensor) -> Tensor:
+        return F.relu(s * count**-0.5).square()
+
+    return pointwise.attend(q, k, v, mask, score, scale, weigh, dropout)
 
 
 def plan() -> Plan:

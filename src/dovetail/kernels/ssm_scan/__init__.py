@@ -7,10 +7,13 @@ state is handed on, and a backward makes each chunk again: memory O(chunk) besid
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from dovetail.kernels.ssm_scan import chunked, reference
+from dovetail.kernels.ssm_scan.plan import plan
 
 
 def selective_scan(
@@ -22,16 +25,13 @@ def selective_scan(
     state before does not reach. A place with dt = 0 changes nothing and is passed by: padding. Computed in the widest
     dtype given (Gu and Dao 2023, algorithm 2, with b discretised by Euler's rule as in the released code).
     """
-    given = [x, dt, b, c] if first is None else [x, dt, b, c, first]
+    wide = reduce(torch.promote_types, (t.dtype for t in (dt, a, b, c, start)), x.dtype)
+    if plan(x.shape[1], a.shape[1], device=x.device.type, dtype=wide).path == "triton":
+        from dovetail.kernels.ssm_scan import triton
 
-    def piece(start: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
-        decay = torch.exp(dt[..., None] * a)
-        if first:
-            decay = decay.masked_fill(first[0][..., None, None], 0.0)
-        h = chunked.states(decay, (dt * x)[..., None] * b[:, :, None], start)
-        return torch.einsum("btdn,btn->btd", h, c), h[:, -1]
-
-    return chunked.run(piece, start, given)
+        y, end = triton.selective_scan(x, dt, a, b, c, start, first)
+        return y.to(wide), end.to(wide)
+    return chunked.selective_scan(x, dt, a, b, c, start, first)
 
 
 def diagonal_scan(
@@ -54,4 +54,4 @@ def diagonal_scan(
     return chunked.run(piece, start, [x] if real is None else [x, real])
 
 
-__all__ = ["chunked", "diagonal_scan", "reference", "selective_scan"]
+__all__ = ["chunked", "diagonal_scan", "plan", "reference", "selective_scan"]

@@ -34,6 +34,22 @@ def run(piece: Callable[..., tuple[Tensor, Tensor]], start: Tensor, given: Seque
     out = []
     for t in range(0, T, CHUNK):
         cut = [g[:, t : t + CHUNK] for g in given]
-        y, start = checkpoint(piece, start, *cut, use_reentrant=False) if again else piece(start, *cut)  # type: ignore[misc]
+        y, start = checkpoint(piece, start, *cut, use_reentrant=False, preserve_rng_state=False) if again else piece(start, *cut)  # type: ignore[misc]
         out.append(y)
     return torch.cat(out, 1), start
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.ssm_scan.selective_scan`."""
+    given = [x, dt, b, c] if first is None else [x, dt, b, c, first]
+
+    def piece(start: Tensor, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, *first: Tensor) -> tuple[Tensor, Tensor]:
+        decay = torch.exp(dt[..., None] * a)
+        if first:
+            decay = decay.masked_fill(first[0][..., None, None], 0.0)
+        h = states(decay, (dt * x)[..., None] * b[:, :, None], start)
+        return torch.einsum("btdn,btn->btd", h, c), h[:, -1]
+
+    return run(piece, start, given)

@@ -44,6 +44,7 @@ class CosFormer(Kernelised):
 class CosFormerModule(KernelisedModule):
     def __init__(self, spec: CosFormer, slot: Slot):
         super().__init__(spec, slot)
+        self.features = 2 * self.widths[2]
         self.length = spec.length or slot.context or UNKNOWN
         if slot.context is not None and self.length < slot.context:
             raise BuildError(
@@ -54,8 +55,8 @@ class CosFormerModule(KernelisedModule):
 
     def new_state(self, room: Room) -> VectorState:
         """Σ φ(k) vᵀ and Σ φ(k), (B,G,2D,E+1)."""
-        _, G, D, E = self.widths
-        return VectorState(matrix=zeros(room, G, 2 * D, E + 1))
+        _, G, _, E = self.widths
+        return VectorState(matrix=zeros(room, G, self.features, E + 1))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: VectorState | None) -> Tensor:
         if ctx.segments is None and q.shape[1] > self.length:

@@ -24,6 +24,21 @@ from dovetail.spec.categories import ActivationPart, MaskPart, NormaliserPart, P
 from dovetail.spec.ranges import Chance, Count
 
 
+class Gated(Spec):
+    """Base of gated units with one head. hidden: width e of u and v, 2·dim unless given. key_dim: width s of the base z.
+    bias: on both maps, and β of every view of z (GAU-alpha has none). activation: φ."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("hidden", "key_dim")
+    hidden: Count | None = None
+    key_dim: Count = 128
+    bias: bool = True
+    activation: ActivationPart = Silu()
+
+    def width(self, dim: int) -> int:
+        """e at a model width of `dim`."""
+        return self.hidden or 2 * dim
+
+
 @register(
     "mixer",
     "gau",
@@ -32,7 +47,7 @@ from dovetail.spec.ranges import Chance, Count
     causal=True,
     bidirectional=True,
 )
-class GatedAttentionUnit(Spec):
+class GatedAttentionUnit(Gated):
     """(u ⊙ A v) W_o, with u, v, z = φ(x W) and A from q = γ₁ ⊙ z + β₁, k = γ₂ ⊙ z + β₂: one head.
 
     It needs no feed-forward beside it: {mixer: gau, feedforward: null}; two such layers cost what an attention and a
@@ -41,10 +56,6 @@ class GatedAttentionUnit(Spec):
     dropout: on A.
     """
 
-    hidden: Count | None = None
-    key_dim: Count = 128
-    bias: bool = True
-    activation: ActivationPart = Silu()
     normaliser: NormaliserPart = SoftmaxPlus()
     scale: float | None = None
     dropout: Chance = 0.0
@@ -53,10 +64,6 @@ class GatedAttentionUnit(Spec):
 
     def build(self, slot: Slot) -> nn.Module:
         return GauModule(self, slot)
-
-    def width(self, dim: int) -> int:
-        """e at a model width of `dim`."""
-        return self.hidden or 2 * dim
 
 
 class Affine(nn.Module):
@@ -78,24 +85,45 @@ class Affine(nn.Module):
         return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
 
 
-class GauModule(nn.Module):
-    offers: ClassVar[frozenset[str]] = frozenset({"rotate", "score", "regions"})
+class GatedModule(nn.Module):
+    """Base: u, v, z = φ(x W), and affine views of z. widths: e of u and v (`value_dim`), s of z (`head_dim`)."""
 
-    def __init__(self, spec: GatedAttentionUnit, slot: Slot):
+    views: ClassVar[tuple[str, ...]]  # names of the affine maps of z
+
+    def __init__(self, spec: Gated, slot: Slot):
         super().__init__()
         if slot.memory_dim is not None:
             raise BuildError(
-                "a gau (gated attention unit) does not read an encoder", where=slot.path, remedy="use attention there"
+                f"a {spec.kind} (gated attention unit) does not read an encoder",
+                where=slot.path,
+                remedy="use attention there",
             )
         e, s = spec.width(slot.dim), spec.key_dim
-        self.heads, self.head_dim, self.value_dim = 1, s, e
-        self.path, self.dropout, self.causal = slot.path, spec.dropout, slot.causal
-        self.scale = s**-0.5 if spec.scale is None else spec.scale
-        slot = replace(slot, heads=1, kv_heads=1, head_dim=s, value_dim=e)
+        self.head_dim, self.value_dim = s, e
+        self.path, self.causal = slot.path, slot.causal
         self.uvz = Linear(slot.dim, 2 * e + s, slot=slot, bias=spec.bias, parts=(("in", e), ("value", e), ("key", s)))
-        self.q_affine, self.k_affine = Affine(s, spec.bias), Affine(s, spec.bias)
+        for name in self.views:
+            self.add_module(name, Affine(s, spec.bias))
         self.activation = slot.build(spec.activation, "activation")
         self.out = Linear(e, slot.width_out, slot=slot, bias=spec.bias, role="residual")
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B,T,C) -> u (B,T,e), v (B,T,e), z (B,T,s)."""
+        u, v, z = self.activation(self.uvz(x)).split([self.value_dim, self.value_dim, self.head_dim], -1)
+        return u, v, z
+
+
+class GauModule(GatedModule):
+    offers: ClassVar[frozenset[str]] = frozenset({"rotate", "score", "regions"})
+    views: ClassVar[tuple[str, ...]] = ("q_affine", "k_affine")
+    q_affine: Affine
+    k_affine: Affine
+
+    def __init__(self, spec: GatedAttentionUnit, slot: Slot):
+        slot = replace(slot, heads=1, kv_heads=1, head_dim=spec.key_dim, value_dim=spec.width(slot.dim))
+        super().__init__(spec, slot)
+        self.heads, self.dropout = 1, spec.dropout
+        self.scale = spec.key_dim**-0.5 if spec.scale is None else spec.scale
         self.normaliser: Normaliser = slot.build(spec.normaliser, "normaliser")
         self.position: PositionModule = slot.build(spec.position, "position")
         check_hooks(self.position, self.offers, spec.position.kind, f"{slot.path}.position", "a gau")
@@ -123,8 +151,7 @@ class GauModule(nn.Module):
     ) -> Tensor:
         """x (B,T,C) -> (B,T,C')."""
         refuse_memory(keys, values, self.path)
-        e, s = self.value_dim, self.head_dim
-        u, v, z = self.activation(self.uvz(x)).split([e, e, s], -1)
+        u, v, z = self.split(x)
         q, k, v = self.q_affine(z)[:, :, None], self.k_affine(z)[:, :, None], v[:, :, None]
         if state is None:
             q_raw, k_raw = q, k

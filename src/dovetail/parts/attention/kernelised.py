@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.linear_attention import plan
+from dovetail.parts.attention.options import by_name
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.position.base import PositionModule, check_axes, check_hooks
 from dovetail.parts.state import Room, VectorState
@@ -23,6 +24,7 @@ class Kernelised(Spec):
     """Base. heads: max(1, dim // 64) unless given. kv_heads: heads unless given. head_dim: dim / heads unless given;
     value_dim: head_dim unless given. bias: which maps carry one. Weights lie as in `attention`: qkv, out."""
 
+    keeps: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "value_dim", "bias")
     heads: Count | None = None
     kv_heads: Count | None = None
     head_dim: Count | None = None
@@ -34,6 +36,9 @@ class Kernelised(Spec):
         heads = self.heads or max(1, dim // 64)
         width = self.head_dim or dim // heads
         return heads, self.kv_heads or heads, width, self.value_dim or width
+
+    def hands_on(self, dim: int | None) -> dict[str, Any]:
+        return super().hands_on(dim) | ({} if dim is None else by_name(self.sizes(dim)))
 
 
 class KernelisedModule(nn.Module):
@@ -49,6 +54,7 @@ class KernelisedModule(nn.Module):
         super().__init__()
         refuse_encoder(slot, spec.kind)
         self.widths = H, G, D, E = spec.sizes(slot.dim)
+        self.head_dim, self.value_dim = D, E
         check_heads(H, G, spec.head_dim is not None, slot)
         self.path, self.causal = slot.path, slot.causal
         bias = spec.bias in ("qkv", "all")
@@ -76,14 +82,16 @@ class KernelisedModule(nn.Module):
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would run each use of this layer, and why."""
-        return plans_of(self.causal, length)
+        _, _, D, E = self.widths
+        return plans_of(self.causal, length, device, max(getattr(self, "features", D), E))
 
 
-def plans_of(causal: bool, length: int) -> dict[str, Plan]:
-    """The plan of every use of a linear attention."""
+def plans_of(causal: bool, length: int, device: str, widest: int) -> dict[str, Plan]:
+    """The plan of every use of a linear attention. widest: features or values of a head, whichever are more."""
+    place = {"causal": causal, "device": device, "widest": widest}
     uses = {
-        "training, prefill": plan(length, causal=causal, segments=False, state=False),
-        "padded or packed": plan(length, causal=causal, segments=True, state=False),
+        "training, prefill": plan(length, segments=False, state=False, **place),
+        "padded or packed": plan(length, segments=True, state=False, **place),
     }
     return uses | {"decoding": plan(1, causal=True, segments=False, state=True)} if causal else uses
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
@@ -30,6 +32,7 @@ class LinearAttention(Kernelised):
     the denominator, which stays positive (RoFormer). Decoding keeps a matrix (features, value width) a head.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = (*Kernelised.keeps, "position")
     feature_map: FeatureMapPart = Elu1()
     normalise: bool = True
     position: PositionPart = Rope()
@@ -63,7 +66,8 @@ class LinearAttentionModule(KernelisedModule):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: VectorState | None) -> Tensor:
         q, k = self.feature_map(q), self.feature_map(k)
         turned = self.position.rotate(q, k, ctx.coords, ctx)
-        q, k, turned_q, turned_k = (t.transpose(1, 2) for t in (q, k, *turned))
+        # Features in the model's type, as the products take them; what adds up is wide.
+        q, k, turned_q, turned_k = (t.transpose(1, 2).to(v.dtype) for t in (q, k, *turned))
         start = None if state is None else state["matrix"]
         if not self.normalise or self.turns:
             out, end = linear_attention(turned_q, turned_k, v, causal=self.causal, segments=ctx.segments, start=start)

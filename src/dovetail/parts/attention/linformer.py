@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class Linformer(Spec):
     of each head ("none"), the same for all heads ("heads"), or one matrix for all heads, keys and values ("key_value").
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("heads", "head_dim")
     length: Count
     rank: Count = 256
     heads: Count | None = None

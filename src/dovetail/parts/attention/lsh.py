@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class LshAttention(Spec):
     later tokens then decide *which* earlier ones are seen, so it cannot decode. Positions enter at the stack.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("heads", "head_dim", "dropout")
     heads: Count | None = None
     head_dim: Count | None = None
     buckets: Count | tuple[Count, ...] = 32

@@ -1,4 +1,4 @@
-"""How the scores of one query become the weights of its keys: a softmax, one that knows how many keys there are, relu².
+"""How the scores of one query become the weights of its keys: a softmax, one that knows how many there are, relu², laplace.
 
 Used by the gated attention unit, where the choice was studied (Su 2022, kexue.fm/archives/9019).
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels import squared_relu
+from dovetail.kernels import laplace, squared_relu
 from dovetail.kernels.attention import (
     BoundMask,
     Content,
@@ -133,30 +133,32 @@ class SquaredReluWeights(Spec):
         return SquaredReluModule(length)
 
 
-class SquaredReluModule(Normaliser):
+class Summed(Normaliser):
+    """Base of normalisers without a competition between keys: regions simply add up."""
+
     adds_values: ClassVar[bool] = False
 
+    def weighted(self, part: Region, q: Tensor, scale: float, dropout: float) -> Tensor:
+        """Weighted values (B,H,T,Dv) of one region."""
+        raise TypeError(f"{type(self).__name__} does not say its weights")
+
+    def mix(self, parts: Sequence[Region], q: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+        total: Tensor | None = None
+        for part in parts:
+            one = self.weighted(part, q if part.q is None else part.q, scale, dropout)
+            total = one if total is None else total + one
+        assert total is not None
+        return total
+
+
+class SquaredReluModule(Summed):
     def __init__(self, length: int):
         super().__init__()
         self.length = length
 
-    def mix(self, parts: Sequence[Region], q: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-        """Weighted values (B,H,T,Dv): regions simply add up."""
-        total: Tensor | None = None
-        for part in parts:
-            one = squared_relu.squared_relu(
-                q if part.q is None else part.q,
-                part.k,
-                part.v,
-                count=self.length,
-                mask=part.mask,
-                score=part.score,
-                scale=scale,
-                dropout=dropout,
-            )
-            total = one if total is None else total + one
-        assert total is not None
-        return total
+    def weighted(self, part: Region, q: Tensor, scale: float, dropout: float) -> Tensor:
+        known = {"mask": part.mask, "score": part.score, "scale": scale, "dropout": dropout}
+        return squared_relu.squared_relu(q, part.k, part.v, count=self.length, **known)
 
     def plan(
         self,
@@ -169,6 +171,58 @@ class SquaredReluModule(Normaliser):
         dropout: float,
     ) -> Plan:
         return squared_relu.plan()
+
+
+@register(
+    "normaliser",
+    "laplace",
+    oracle="transformers LaplaceActivation; golden: lucidrains/FLASH-pytorch GAU(laplace_attn_fn=True)",
+    source="Ma et al. 2022 (MEGA), eq. 14 and section 3.2; facebookresearch/mega element_attention",
+)
+class LaplaceWeights(Spec):
+    """½ (1 + erf((scores - μ) / (σ√2))), μ = √½, σ = 1/(2√π): no competition between keys, and no weight above 1.
+
+    q·k, and what a position adds to it before the scale, is divided by how many keys the query sees; by `length` where
+    that is given. (MEGA does not scale by 1/√s besides: the mixer's scale is 1 there.)
+    """
+
+    length: Count | None = None
+
+    def build(self, slot: Slot) -> nn.Module:
+        return LaplaceModule(self.length)
+
+
+class LaplaceModule(Summed):
+    def __init__(self, length: int | None):
+        super().__init__()
+        self.length = length
+
+    def prepare(self, q: Tensor, score: Score | None, mask: BoundMask) -> tuple[Tensor, Score | None]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        key = ("laplace", self.length, wide)
+        if key not in mask.memo:
+            keys = mask.counts().clamp_min(1) if self.length is None else torch.full_like(mask.at.q.order, self.length)
+            mask.memo[key] = keys.to(wide).reciprocal()[:, None, :, None]
+        factor = mask.memo[key]  # (B|1,1,T,1)
+        if score is not None and any(term.inside_scale for term in score.terms):
+            terms = (_times(t, factor, mask.at) if t.inside_scale else t for t in score.terms)
+            score = replace(score, terms=tuple(terms))
+        return q * factor.to(q.dtype), score
+
+    def weighted(self, part: Region, q: Tensor, scale: float, dropout: float) -> Tensor:
+        return laplace.laplace(q, part.k, part.v, mask=part.mask, score=part.score, scale=scale, dropout=dropout)
+
+    def plan(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        queries: int,
+        width: int,
+        mask: BoundMask,
+        score: Score | None,
+        dropout: float,
+    ) -> Plan:
+        return laplace.plan()
 
 
 def _times(term: Toeplitz | Distance | Content, factor: Tensor, at: Coords) -> Content:

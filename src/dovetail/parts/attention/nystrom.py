@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Nystrom(Spec):
     one filter a head, added to the result.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("heads", "head_dim")
     landmarks: Count = 64
     iterations: Count = 6
     conv: Count | None = None

@@ -15,6 +15,12 @@ from dovetail.parts.mask import Mask
 from dovetail.parts.position.base import PositionModule, adds_values
 
 
+def by_name(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+    """(heads, key/value heads, head width, value width) as the fields that say them: what an override by another kind
+    of mixer takes over, whose own defaults may be others."""
+    return dict(zip(("heads", "kv_heads", "head_dim", "value_dim"), sizes, strict=True))
+
+
 def check_options(spec: Any, position: PositionModule, path: str) -> None:
     """Raises BuildError for a mixer's scale or dropout that cannot be beside its position."""
     kind = spec.position.kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Performer(Kernelised):
     the first W. position: turns q and k before φ, as in the softmax that this stands for.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = (*Kernelised.keeps, "position")
     features: Count | None = None
     orthogonal: bool = True
     hyperbolic: bool = False

@@ -37,6 +37,7 @@ class Retention(Spec):
     the authors' code with 10000^(D/(D-2)) as rope's theta.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("heads", "head_dim", "value_dim", "position")
     heads: Count | None = None
     head_dim: Count | None = None
     value_dim: Count | None = None
@@ -53,6 +54,10 @@ class Retention(Spec):
         width = self.head_dim or dim // heads
         return heads, width, self.value_dim or 2 * width
 
+    def hands_on(self, dim: int | None) -> dict[str, Any]:
+        sizes = {} if dim is None else dict(zip(("heads", "head_dim", "value_dim"), self.sizes(dim), strict=True))
+        return super().hands_on(dim) | sizes
+
 
 class RetentionModule(nn.Module):
     offers: ClassVar[frozenset[str]] = frozenset({"rotate"})
@@ -67,6 +72,7 @@ class RetentionModule(nn.Module):
                 remedy="use linear or attention in an encoder",
             )
         self.widths = H, D, E = spec.sizes(slot.dim)
+        self.head_dim, self.value_dim = D, E
         check_heads(H, H, spec.head_dim is not None, slot)
         self.path = slot.path
         reads = (("query", H * D), ("key", H * D), ("value", H * E), ("in", H * E))
@@ -103,7 +109,7 @@ class RetentionModule(nn.Module):
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would run each use of this layer, and why."""
-        return plans_of(True, length)
+        return plans_of(True, length, device, max(self.widths[1:]))
 
 
 def log_decay(heads: int, device: torch.device) -> Tensor:

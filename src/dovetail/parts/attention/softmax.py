@@ -22,7 +22,7 @@ from dovetail.kernels.attention import (
     plan,
 )
 from dovetail.parts.adaptable import Adaptable
-from dovetail.parts.attention.options import check_options, plans_of, score_like
+from dovetail.parts.attention.options import by_name, check_options, plans_of, score_like
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.mask import Causal, Full, Mask, Padding, interned, narrowed, within
 from dovetail.parts.position.base import PositionModule, check_axes, check_hooks
@@ -55,6 +55,9 @@ class Attention(Spec):
     (Gemma 2). mask: what is hidden beside causality and padding (a window, say). dropout: on the weights.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = (
+        "heads", "kv_heads", "head_dim", "value_dim", "bias", "dropout", "mask", "position",
+    )  # fmt: skip
     heads: Count | None = None
     kv_heads: Count | None = None
     head_dim: Count | None = None
@@ -77,6 +80,9 @@ class Attention(Spec):
         heads = self.heads or max(1, dim // 64)
         width = self.head_dim or dim // heads
         return heads, self.kv_heads or heads, width, self.value_dim or width
+
+    def hands_on(self, dim: int | None) -> dict[str, Any]:
+        return super().hands_on(dim) | ({} if dim is None else by_name(self.sizes(dim)))
 
 
 class AttentionModule(Adaptable):

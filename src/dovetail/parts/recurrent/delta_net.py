@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -35,6 +35,9 @@ class DeltaRule(Spec):
     (Grazzi et al. 2024). norm: of each head's output, with weights that all heads share. gate: φ; null for none.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = (
+        "heads", "value_heads", "head_dim", "value_dim", "convolution", "activation", "qk_norm", "beta_max", "norm", "gate",
+    )  # fmt: skip
     heads: Count | None = None
     value_heads: Count | None = None
     head_dim: Count | None = None
@@ -138,4 +141,5 @@ class DeltaNetModule(nn.Module):
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would run each use of this layer, and why."""
-        return {"training, prefill": plan(length), "decoding": plan(1)}
+        row = plan(length, device=device, dtype=self.out.dtype, width=self.head_dim)
+        return {"training, prefill": row, "decoding": plan(1)}

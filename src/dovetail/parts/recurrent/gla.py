@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class GatedLinearAttention(Spec):
     gate: φ; null leaves the output gate out.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("heads", "head_dim", "value_dim", "gate")
     heads: Count | None = None
     head_dim: Count | None = None
     value_dim: Count | None = None
@@ -50,6 +51,11 @@ class GatedLinearAttention(Spec):
 
     def build(self, slot: Slot) -> nn.Module:
         return GlaModule(self, slot)
+
+    def hands_on(self, dim: int | None) -> dict[str, Any]:
+        heads = self.heads or max(1, (dim or 64) // 64)
+        widths = {} if dim is None else {"head_dim": dim // (2 * heads), "value_dim": dim // heads}
+        return super().hands_on(dim) | {"heads": heads} | {n: getattr(self, n) or width for n, width in widths.items()}
 
 
 class GlaModule(nn.Module):
@@ -100,4 +106,5 @@ class GlaModule(nn.Module):
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would run each use of this layer, and why."""
-        return {"training, prefill": plan(length), "decoding": plan(1)}
+        width = max(self.head_dim, self.value_dim)
+        return {"training, prefill": plan(length, device, self.out.dtype, width), "decoding": plan(1)}

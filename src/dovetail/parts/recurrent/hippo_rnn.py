@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dovetail.errors import BuildError
+from dovetail.kernels import legs_recurrence as legs
+from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
-from dovetail.kernels.ssm_scan.chunked import states
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.state import Room, VectorState
 from dovetail.parts.weights import Linear
@@ -29,8 +29,9 @@ class HippoRnn(Spec):
     """h = (1 - g)·h + g·tanh(W [x, c] + b), g = σ(V [x, c] + d), c the LegS coefficients of f = u·[x, h] + e so far.
 
     One function f of time is remembered, all of it at every time, by the bilinear rule at the token's number in its
-    document; it runs token by token. hidden: width of h; the stream's width unless given, and where it is not, a linear
-    map `out` follows. order: coefficients; hidden unless given.
+    document; it runs token by token, on plain rows with a matrix for each number (`kernels.legs_recurrence`). hidden:
+    width of h; the stream's width unless given, and where it is not, a linear map `out` follows. order: coefficients;
+    hidden unless given.
     """
 
     hidden: Count | None = None
@@ -76,41 +77,23 @@ class HippoRnnModule(nn.Module):
         """x (B,T,C) -> (B,T,C'). Each document starts from zero (or from `state`); padding is passed by."""
         refuse_memory(keys, values, self.path)
         wide, (B, T) = torch.promote_types(x.dtype, torch.float32), x.shape[:2]
-        given, number = self.read(x).to(wide), ctx.order.expand(B, T)
-        real = None if ctx.segments is None else (ctx.segments >= 0).expand(B, T)
-        found = []
+        given = self.read(x).to(wide)
         with without_autocast(x):
             told, recall = self.told.matrix().to(wide), self.recall.matrix().to(wide)
-            h = given.new_zeros(B, self.hidden) if state is None else state["h"]
-            c = given.new_zeros(B, self.order) if state is None else state["c"]
-            for t in range(T):
-                before = h.masked_fill(number[:, t, None] == 0, 0.0)
-                f, inside, gate = given[:, t].split([1, self.hidden, self.hidden], -1)
-                new = remembered(c, f + F.linear(before, told), number[:, t])
-                inner, opened = F.linear(new, recall).chunk(2, -1)
-                later = torch.lerp(before, torch.tanh(inside + inner), torch.sigmoid(gate + opened))
-                keep = None if real is None else real[:, t, None]
-                h = later if keep is None else torch.where(keep, later, h)
-                c = new if keep is None else torch.where(keep, new, c)
-                found.append(h)
-        if state is not None:
-            state.update(h=h, c=c)
-        y = torch.stack(found, 1).to(x.dtype)
+            plain = state is None and ctx.aligned and not torch.compiler.is_compiling()
+            if legs.plan(T, self.order, plain=plain).path == "matrices":
+                y = legs.recurrence(given, told, recall)
+            else:
+                real = None if ctx.segments is None else (ctx.segments >= 0).expand(B, T)
+                h = given.new_zeros(B, self.hidden) if state is None else state["h"]
+                c = given.new_zeros(B, self.order) if state is None else state["c"]
+                y, h, c = legs.reference.recurrence(given, told, recall, ctx.order.expand(B, T), real, h, c)
+                if state is not None:
+                    state.update(h=h, c=c)
+        y = y.to(x.dtype)
         return y if self.out is None else self.out(y)
 
-
-def remembered(c: Tensor, f: Tensor, number: Tensor) -> Tensor:
-    """LegS coefficients (B,N) once f (B,1), sample number `number` (B) from 0, has come: in O(N log N), no matrix.
-
-    The bilinear rule, (I - sA) c' = (I + sA) c + 2s B f with s = 1/(2·number + 2). A is lower triangular, r_n r_k below
-    the diagonal of n + 1, so that substituting forward is a linear recurrence along n of the sums Σ_{k<n} r_k c'_k.
-    """
-    n = torch.arange(c.shape[1], device=c.device, dtype=c.dtype)
-    r, s = (2 * n + 1).sqrt(), 1 / (2 * number.to(c.dtype)[:, None] + 2)
-    scaled = r * c
-    right = c - s * (r * (scaled.cumsum(1) - scaled) + (n + 1) * c) + 2 * s * r * f
-    below = 1 + s * (n + 1)
-    sums = states((1 - s * n) / below, r * right / below, torch.zeros_like(c[:, 0]))
-    sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
-    first = F.pad(f, (0, c.shape[1] - 1))  # one sample is its own mean
-    return torch.where(number[:, None] == 0, first, (right - s * r * sums) / below)
+    def plans(self, device: str, length: int) -> dict[str, Plan]:
+        """Which path each use of this layer takes, and why."""
+        step = legs.plan(length, self.order, plain=False)
+        return {"training": legs.plan(length, self.order, plain=True), "padded or packed": step, "decoding": step}

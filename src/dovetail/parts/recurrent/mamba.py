@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
-from dovetail.kernels.ssm_scan import selective_scan
+from dovetail.kernels.ssm_scan import plan, selective_scan
 from dovetail.parts.activation import Silu
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.recurrent.borders import Borders
@@ -143,5 +143,5 @@ class MambaModule(nn.Module):
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which path each use of this layer takes, and why."""
         step = Plan("step", "one token: one update of the state")
-        scan = Plan("chunked", "decays by token, channel and entry: rounds inside chunks, the state across")
+        scan = plan(length, self.order, device=device, dtype=torch.promote_types(self.out.dtype, torch.float32))
         return {"training, prefill": scan, "padded or packed": scan, "decoding": step}

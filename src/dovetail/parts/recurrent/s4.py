@@ -77,14 +77,23 @@ class S4Module(DenseModule):
         self.C.normal_(std=math.sqrt(0.5), generator=rng("C"))
 
     def law(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In real and imaginary parts of h: with p* h = 2 Re(p* h) over both halves, a matrix of twice the size."""
-        real, imaginary = -self.log_decay.double().exp(), self.frequency.double()
-        p, b = (torch.cat([t[..., 0], t[..., 1]], 1).double() for t in (self.P, self.B))
-        top = torch.cat([torch.diag_embed(real), torch.diag_embed(-imaginary)], 2)
-        below = torch.cat([torch.diag_embed(imaginary), torch.diag_embed(real)], 2)
-        a = torch.cat([top, below], 1) - 2 * p[..., None] * p[:, None]
-        c = 2 * torch.cat([self.C[..., 0], -self.C[..., 1]], 1).double()
-        return *bilinear(a, b, self.log_dt.double().exp()), c
+        """In real and imaginary parts of h, a matrix of twice the size: with p* h = Re(p* h) over both halves, A = Λ - 2 p pᵀ.
+
+        Ā = 2 (I - dt/2 A)⁻¹ - I, and the inverse is that of a diagonal and one outer product (Sherman and Morrison
+        1950): nothing is solved for, which on a GPU the host would wait for.
+        """
+        dt, cat = self.log_dt.double().exp()[:, None], torch.cat
+        eigen = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
+        p, b = (torch.view_as_complex(t.double()) for t in (self.P, self.B))
+        inverse = 1 / (1 - dt / 2 * eigen)
+        u, v, b, rb = (cat([t.real, t.imag], 1) for t in (inverse * p, inverse.conj() * p, b, inverse * b))
+        share = dt / (1 + dt * (cat([p.real, p.imag], 1) * u).sum(1, keepdim=True))
+        real, imaginary = torch.diag_embed(inverse.real), torch.diag_embed(inverse.imag)
+        diagonal = cat([cat([real, -imaginary], 2), cat([imaginary, real], 2)], 1)
+        eye = torch.eye(self.order, dtype=torch.float64, device=dt.device)
+        step = 2 * (diagonal - (share * u)[..., None] * v[:, None]) - eye
+        c = 2 * cat([self.C[..., 0], -self.C[..., 1]], 1).double()
+        return step, dt * (rb - share * u * (v * b).sum(1, keepdim=True)), c
 
     def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
         step, _, c = self.law()

@@ -1,5 +1,6 @@
 """Weight maps, one file a family: from part to part, each with its class of exactness.
 
+    mixers       any mixer of heads for another: queries, keys, values and what is behind the heads by their names
     heads        numbers of key/value heads, biases, masks (window and sinks), score options of attention
     feedforward  widths, MLP to GLU
     gau          options of a gated attention unit, one normaliser for another
@@ -11,7 +12,7 @@ How weights are kept (int8, NF4) is in no spec: `quantise`, in `surgery/storage.
 which layer, id or neuron goes where is not in the spec.
 """
 
-from dovetail.surgery.maps import feedforward, gau, heads, norm, position, ties
+from dovetail.surgery.maps import feedforward, gau, heads, mixers, norm, position, ties
 from dovetail.surgery.maps.base import (
     Exactness,
     MapEntry,
@@ -26,6 +27,6 @@ from dovetail.surgery.maps.base import (
 )
 
 __all__ = [
-    "Exactness", "MapEntry", "Mapped", "Place", "feedforward", "find_map", "gau", "heads", "map_entries", "norm", "position",
+    "Exactness", "MapEntry", "Mapped", "Place", "feedforward", "find_map", "gau", "heads", "map_entries", "mixers", "norm", "position",
     "relative_error", "ties", "weight_map", "whole_map", "whole_maps",
 ]  # fmt: skip

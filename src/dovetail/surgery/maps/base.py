@@ -37,12 +37,13 @@ class Mapped:
 class Place:
     """Where a part goes. dim: the model's width. module: the new module there, built and not yet filled.
 
-    context: the length that the model was trained at, or None.
+    context: the length that the model was trained at, or None. old: the module that stood there.
     """
 
     dim: int
     module: Any
     context: int | None = None
+    old: Any = None
 
 
 WeightMap = Callable[[Any, Any, Mapping[str, Tensor], Place], "Mapped | None"]

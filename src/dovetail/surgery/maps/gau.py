@@ -1,4 +1,5 @@
-"""A gated attention unit with other options, or another normaliser in it: weights as they are, another function."""
+"""A gated attention unit with other options, another normaliser in it, or in chunks: weights as they are, another
+function."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dovetail.parts.attention.flash import Flash
 from dovetail.parts.attention.gau import GatedAttentionUnit
 from dovetail.spec import Spec
 from dovetail.spec.paths import brief
@@ -33,3 +35,19 @@ def other_options(
     if old.mask != new.mask:
         lost.append("another mask")
     return Mapped(dict(tensors), "approximate", f"{'; '.join(lost)}: no bound") if lost else None
+
+
+@weight_map("mixer", "gau", "flash", gives=("approximate",), source="Hua et al. 2022 (FLASH), sections 3.1 and 3.2")
+def in_chunks(old: GatedAttentionUnit, new: Flash, tensors: Mapping[str, Tensor], place: Place) -> Mapped | None:
+    """The unit's maps, and its views of the base as those inside chunks. Other widths carry nothing."""
+    if (old.width(place.dim), old.key_dim, old.bias) != (new.width(place.dim), new.key_dim, new.bias):
+        return None
+    views = {"q_affine": "quad_q", "k_affine": "quad_k"}
+    carried = {}
+    for name, tensor in tensors.items():
+        module, _, which = name.partition(".")
+        carried[f"{views.get(module, module)}.{which}"] = tensor
+    words = (
+        "attention inside chunks is carried, the views for that across them start anew; flash in place of gau: no bound"
+    )
+    return Mapped(carried, "approximate", words)

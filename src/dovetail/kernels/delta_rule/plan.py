@@ -1,0 +1,20 @@
+"""Which form of the delta rule runs, and why: decided from static facts."""
+
+from __future__ import annotations
+
+import torch
+
+from dovetail.kernels.attention import Plan
+from dovetail.kernels.chunks import has_triton
+
+
+def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
+    """The path for `queries` tokens a row, and why. dtype: of the queries; width: D, of a key."""
+    if queries == 1:
+        return Plan("step", "one token: one update of the state")
+    if device == "cuda" and has_triton() and dtype != torch.float64:
+        widest = 128 if dtype == torch.float32 else 256
+        if width <= widest:
+            return Plan("triton", "on CUDA: chunks inverted side by side (WY), then walked with the state in registers")
+        return Plan("chunked", f"keys wider than {widest}, which a program cannot hold in {dtype}: in plain torch")
+    return Plan("chunked", "the delta rule over a row: products inside chunks (WY), the state across")

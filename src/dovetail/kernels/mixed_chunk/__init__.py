@@ -1,0 +1,71 @@
+"""Mixed chunk attention: relu² attention inside chunks, linear attention to the tokens of other chunks; one head.
+
+Hua et al. 2022 (FLASH), section 3.2. B batch, T tokens; queries and keys (B,T,D), values (B,T,E). Chunks of `chunk`
+tokens are counted from the first token of each document, so that a document gives the same alone, padded or packed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dovetail.kernels.attention import Plan
+from dovetail.kernels.mixed_chunk import chunked, reference
+from dovetail.kernels.mixed_chunk.step import Past, after, step
+
+
+class Heads(NamedTuple):
+    """The four views of the shared base, (B,T,D) each: inside chunks, and across them."""
+
+    quad_q: Tensor
+    quad_k: Tensor
+    lin_q: Tensor
+    lin_k: Tensor
+
+
+def mixed_chunk(
+    heads: Heads,
+    v: Tensor,
+    *,
+    chunk: int,
+    causal: bool,
+    scale: float,
+    order: Tensor,
+    segments: Tensor | None = None,
+    plain: bool = False,
+    past: Past | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Past | None]:
+    """(out (B,T,E) in fp32 or better, what to go on from, or None where `past` is):
+
+        Σ_{j near i} relu(scale · quad_q_i·quad_k_j)² v_j / chunk  +  1/n_i Σ_{j across} (lin_q_i·lin_k_j) v_j
+
+    near: in i's chunk, and j <= i where causal. across: in an earlier chunk where causal, else anywhere in i's
+    document; n_i is how many these are (the linear part is 0 where there are none).
+
+    order (B|1,T): real tokens of the same document before each. segments (B|1,T): documents, negative for padding; they
+    may be interleaved where not causal. plain: a static promise that order is 0..T-1 and segments is None. past: causal
+    rows go on from it; then segments may only tell padding. dropout: on the weights inside chunks.
+    """
+    assert past is None or causal, "only causal rows go on"
+    if v.shape[1] == 1 and past is not None and not plain:
+        return step(*heads, v, past, order, segments, chunk, scale)
+    if plain:
+        out = chunked.plain(*heads, v, chunk, causal, scale, dropout)
+    else:
+        out = chunked.ragged(*heads, v, chunk, causal, scale, order, segments, past, dropout)
+    return out, None if past is None else after(heads.quad_k, heads.lin_k, v, past, order, segments, chunk)
+
+
+def plan(tokens: int, *, chunk: int, causal: bool, segments: bool, state: bool) -> Plan:
+    """tokens: at once. segments: whether rows are padded or packed. state: whether decoding."""
+    if state and tokens == 1:
+        return Plan("recurrent", "one token: its own chunk's keys, and one product with the matrix of the earlier ones")
+    if segments:
+        return Plan("chunked", f"chunks of {chunk} begin with documents: tiles of so many, each beside its neighbours")
+    how = "a sum of matrices from chunk to chunk" if causal else "one matrix of all chunks"
+    return Plan("chunked", f"products inside chunks of {chunk}, {how}")
+
+
+__all__ = ["Heads", "Past", "mixed_chunk", "plan", "reference"]
