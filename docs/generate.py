@@ -16,10 +16,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import algorithms_pictures
 import pairs
 import torch
 import yaml
 from matplotlib import pyplot as plt
+from measured import own_pages, result_lines, results_page
 from pictures import BUNDLED, CONTEXT, DIM, draw
 from pydantic.fields import FieldInfo
 
@@ -27,7 +29,6 @@ import dovetail as dt
 from dovetail.adapters import AdapterSpec
 from dovetail.errors import BuildError, DataError, DovetailError
 from dovetail.parts.init import Normal
-from dovetail.report.scaling_page import Scaled, sections
 from dovetail.spec import Entry, Slot, Spec, entries
 from dovetail.spec.spec import field_category
 from dovetail.surgery import quantise
@@ -280,53 +281,6 @@ def category_page(category: str, found: list[Entry]) -> str:
     return "\n".join([*head, *rows, ""])
 
 
-def results_page(files: list[Path]) -> str:
-    """One table a file of docs/results, with what was run on what. Raises DataError for a file out of form."""
-    lines = ["# Results", "", "Made from `docs/results/*.json`, which the code that measured wrote. `ratio` is above 1"]
-    lines += ["where Dovetail is better, whatever the metric. Times on a CPU are comparable within one file only.", ""]
-    if not files:
-        lines += ["Nothing has been measured yet.", ""]
-    for file in files:
-        lines += result_lines(file, heading=True)
-    return "\n".join(lines)
-
-
-def result_lines(file: Path, heading: bool = False, kind: str | None = None) -> list[str]:
-    """One file of results; kind: only the rows of this part, of which there are some. Raises DataError otherwise, and
-    for a file out of form."""
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        rows, name = result["rows"], result["name"]
-        facts = [result["date"], result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())]
-        command = result["command"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"not a result: {error!r}", where=str(file), remedy="give name, date, device, versions, command, rows"
-        ) from None
-    if kind is not None:
-        rows = [row for row in rows if row["case"].split(",")[0] == kind]
-        if not rows:
-            raise DataError(f"nothing was measured of {kind!r}", where=str(file), remedy="run bench/adapter_sweep.py")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"## {name}", ""] if heading else []
-    lines += [f"[Plots and all numbers]({file.stem}.md)", ""] if heading and "arms" in result else []
-    lines += [f"`{command}`", "", " · ".join(facts), ""]
-    lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    lines += ["| " + " | ".join(_number(row.get(column)) for column in columns) + " |" for row in rows]
-    return [*lines, ""]
-
-
-def plotted_pages(files: list[Path]) -> dict[str, str]:
-    """Name -> page of each file of costs against length: its plots and tables as its own report has them."""
-    pages = {}
-    for file in files:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if "arms" in data:
-            found = Scaled.of(data)
-            pages[f"{file.stem}.md"] = "\n\n".join([f"# {found.name}", *sections(found), ""])
-    return pages
-
-
 def main() -> None:
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(dt.__path__, "dovetail."):  # what no other room imports registers too
@@ -349,11 +303,12 @@ def main() -> None:
     (OUT / "parts" / "index.md").write_text("\n".join([*overview, ""]), encoding="utf-8")
     (OUT / "maps.md").write_text(maps_table(), encoding="utf-8")
     (OUT / "pairs.md").write_text(pairs.page(), encoding="utf-8")
+    drawn = algorithms_pictures.write(OUT / "algorithms")
     files = sorted((DOCS / "results").glob("*.json"))
     (OUT / "results.md").write_text(results_page(files), encoding="utf-8")
-    for name, text in plotted_pages(files).items():
+    for name, text in own_pages(files).items():
         (OUT / name).write_text(text, encoding="utf-8")
-    print(f"docs/generated: {len(entries())} parts, {len(files)} results")
+    print(f"docs/generated: {len(entries())} parts, {len(files)} results, {drawn} pictures of algorithms")
 
 
 def _short(spec: Spec) -> dict[str, Any]:
@@ -392,12 +347,6 @@ def _default(info: FieldInfo) -> str:
     if isinstance(value, tuple) and value and isinstance(value[0], Spec):
         return ", ".join(f"`{item.kind}`" for item in value)
     return "null" if value is None else f"`{value!r}`"
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return "" if value is None else _cell(str(value))
 
 
 def _first(entry: Entry) -> str:

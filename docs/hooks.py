@@ -9,7 +9,7 @@ from mkdocs.exceptions import ConfigurationError
 
 
 def on_config(config: Any) -> Any:
-    """Appends parts by category, their pairs, and the results. Raises ConfigurationError before they were generated."""
+    """Appends algorithms, parts by category, pairs, results. Raises ConfigurationError before they were generated."""
     docs = Path(config["docs_dir"])
     parts = docs / "generated" / "parts"
     if not parts.is_dir():
@@ -22,6 +22,8 @@ def on_config(config: Any) -> Any:
     for folder in sorted(p for p in parts.iterdir() if p.is_dir()):
         kinds = sorted(folder.glob("*.md"), key=lambda p: (p.stem != "index", p.stem))
         categories.append({folder.name: [page(p) if p.stem == "index" else {p.stem: page(p)} for p in kinds]})
+    topics = sorted((docs / "algorithms").glob("*.md"), key=lambda p: (p.stem != "index", p.stem))
+    config["nav"] += [{"Algorithms": [page(p) for p in topics]}]  # a page is called as its own heading says
     made = docs / "generated"
     config["nav"] += [{"Parts": categories}, {"What goes with what": page(made / "pairs.md")}]
     plotted = sorted(path for path in made.glob("*.md") if path.stem not in ("maps", "pairs", "results"))

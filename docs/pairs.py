@@ -38,8 +38,8 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {  # what a kind needs beyond tha
 # The same for the models around them.
 WHOLE: dict[str, Any] = {
     "vocab": 17, "dim": 16, "depth": 1, "context": 32, "feedforward": None, "init": {"kind": "normal", "std": 0.25},
-    "features": 3, "classes": 5,
 }  # fmt: skip
+NEEDED = WHOLE | {"features": 3, "classes": 5}  # where a model cannot do without
 
 
 ABOUT = (
@@ -184,7 +184,7 @@ def _run(model: Any, place: Place, exact: bool) -> Outcome:
         return Outcome("works")
     tokens = torch.arange(2 * LENGTH).view(2, LENGTH) * 7 % WHOLE["vocab"]
     if entry("model", model.spec.kind).capabilities.get("reads") == "values":
-        model(torch.randn(2, LENGTH, WHOLE["features"]))
+        model(torch.randn(2, LENGTH, NEEDED["features"]))
         return Outcome("works")
     reads = hasattr(model, "encode")
     full = (model(tokens, tokens) if reads else model(tokens)).logits
@@ -221,7 +221,7 @@ def places() -> tuple[Place, ...]:
     """Where a mixer or a position stands in the defaults of every model, and of every container of grids."""
     found = []
     for e in (*_all("model"), *(c for c in _all("container") if c.capabilities.get("grid"))):
-        needed = {name: WHOLE[name] for name, info in e.cls.model_fields.items() if info.is_required()}
+        needed = {name: NEEDED[name] for name, info in e.cls.model_fields.items() if info.is_required()}
         data = _small(Spec.parse(e.category, {"kind": e.kind} | needed).to_dict())
         for way in _ways(data):
             side = [step for step in way if step in ("encoder", "decoder", "cross")]

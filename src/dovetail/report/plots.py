@@ -166,17 +166,29 @@ def _figure(panels: int | None = None) -> tuple[Any, Any]:
 
 
 def _finished(figure: Any, panels: Sequence[Any], xs: Sequence[str], y: str) -> str:
-    panels[0].set_ylabel(y, color=_INK)
+    panels[0].set_ylabel(y)
     for axes, x in zip(panels, xs, strict=True):
-        axes.set_xlabel(x, color=_INK)
-        axes.tick_params(colors=_INK, which="both")
+        axes.set_xlabel(x)
         axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    return inline(figure, f"{y} by {', '.join(xs)}")
+
+
+def inline(figure: Any, label: str) -> str:
+    """A figure as SVG to stand in a page: what is black in it takes the page's text colour. label: what a screen
+    reader says."""
+    from matplotlib import rc_context
+    from matplotlib.colors import to_hex
+    from matplotlib.text import Text
+
+    for axes in figure.axes:
+        axes.tick_params(colors=_INK, which="both")
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_INK)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelcolor=_INK, fontsize=9)
-    from matplotlib import rc_context
-
+    for text in figure.findobj(Text):
+        if to_hex(text.get_color()) == "#000000":
+            text.set_color(_INK)
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dovetail", "text.color": _INK}):
         figure.savefig(out, format="svg", transparent=True, metadata=_DROPPED)
@@ -184,4 +196,4 @@ def _finished(figure: Any, panels: Sequence[Any], xs: Sequence[str], y: str) -> 
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     own = "p" + hashlib.sha256(svg.encode()).hexdigest()[:8]  # several plots stand in one page: ids must differ
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(y)} by {escape(", ".join(xs))}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
