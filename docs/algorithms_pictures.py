@@ -4,6 +4,10 @@ A topic is a page `algorithms/TOPIC.md` and a file `drawn_TOPIC.py`, whose `PICT
 that return a Figure; their names go into `TOPICS` here. The page shows the picture `NAME` of `TOPIC` by the line
 `--8<-- "docs/generated/algorithms/TOPIC-NAME.svg"`, alone between empty lines. The first line of the function's
 docstring says what is seen, for those who do not see it. What is drawn in black takes the page's text colour.
+
+The tests run a page's blocks marked `python` and `bash` in order, in an empty folder with `assets/`: what a command
+reads, a block before it writes. Commands that are shown only stand in a block marked `text`. The page has a row in
+`algorithms/index.md`.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ TOPICS: tuple[str, ...] = (
     "approximation",
     "poisson",
     "extrema",
+    "geometry",
+    "words",
+    "boxes",
+    "ngram",
 )
 
 
@@ -32,7 +40,8 @@ def pictures(topic: str) -> dict[str, Callable[[], Figure]]:
 def picture(painter: Callable[[], Figure]) -> str:
     """One picture, as a block of HTML that stands in a page."""
     label = (inspect.getdoc(painter) or "").split("\n")[0]
-    return f"<figure>\n{plots.inline(painter(), label)}</figure>\n"
+    svg = plots.inline(painter(), label).replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
+    return f"<figure>\n{svg}</figure>\n"
 
 
 def write(out: Path) -> int:

@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import algorithms_pictures
+import gallery
 import pairs
 import torch
 import yaml
@@ -304,6 +305,7 @@ def main() -> None:
     (OUT / "maps.md").write_text(maps_table(), encoding="utf-8")
     (OUT / "pairs.md").write_text(pairs.page(), encoding="utf-8")
     drawn = algorithms_pictures.write(OUT / "algorithms")
+    gallery.write(OUT / "scenes")
     files = sorted((DOCS / "results").glob("*.json"))
     (OUT / "results.md").write_text(results_page(files), encoding="utf-8")
     for name, text in own_pages(files).items():

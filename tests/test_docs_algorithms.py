@@ -1,4 +1,4 @@
-"""The pages of docs/algorithms: their Python runs, their commands run, and their pictures are drawn, each for one page."""
+"""The pages of docs/algorithms: their Python and their commands run, their pictures are drawn."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def test_python_and_commands_of_a_page_run_in_order(
         for line in block.replace("\\\n", " ").splitlines():
             argv, to = line.split("  #")[0].split(" > ")[0], re.findall(r" > (\S+)", line)
             monkeypatch.setattr(sys, "argv", shlex.split(argv))
+            capsys.readouterr()
             with pytest.raises(SystemExit) as end:
                 main()
             assert not end.value.code, line
@@ -60,7 +61,7 @@ def test_pictures_of_a_page_are_drawn(page: str, frame: Any) -> None:
     assert sorted(SHOWN.findall(text(page))) == sorted(f"{page}-{name}" for name in pictures)
     for painter in pictures.values():
         html = frame.picture(painter)
-        assert re.match(r'<figure>\n<svg role="img" aria-label="[^"]{8,}"', html)
+        assert re.match(r'<figure>\n<svg style="[^"]*" role="img" aria-label="[^"]{8,}"', html)
         assert html.count("<path") > 5
 
 

@@ -116,7 +116,7 @@ def test_every_rule_on_every_path(rule: Mask, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (4, 2), (4, 1), (3, 1)])
-@pytest.mark.parametrize(("D", "Dv"), [(8, 8), (8, 5), (5, 8), (6, 16)])
+@pytest.mark.parametrize(("D", "Dv"), [(8, 8), (8, 5), (5, 8), (6, 16), (6, 300)])
 def test_groups_and_widths(H: int, G: int, D: int, Dv: int) -> None:
     qkv = tensors(torch.float64, H=H, G=G, D=D, Dv=Dv)
     for aligned in (True, False):

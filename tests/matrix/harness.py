@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,10 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("mask", "or"): {"rules": [{"kind": "window", "size": 3}, {"kind": "prefix", "length": 2}]},
     ("rope_scaling", "longrope"): {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
     ("position", "learned"): {"length": CONTEXT},
+    ("init", "word_vectors"): {
+        "path": str(Path(__file__).parents[1] / "golden" / "word_vectors.txt"),  # VOCAB rows of width DIM
+        "base": {"kind": "normal", "std": 0.25},
+    },
     ("position", "mrope"): {"sections": [1, 1, 2]},
     ("position", "rerope"): {"window": 4},  # LENGTH goes beyond the windows and trained lengths here
     ("position", "leaky_rerope"): {"window": 4},

@@ -20,7 +20,15 @@ algo = typer.Typer(
 )
 app.add_typer(algo)
 
-TOPICS: tuple[str, ...] = ()  # modules dovetail.cli.algo_NAME, one line each
+TOPICS: tuple[str, ...] = (  # modules dovetail.cli.algo_NAME, one line each
+    "arrivals",
+    "extrema",
+    "geometry",
+    "ngram",
+    "words",
+    "boxes",
+    "masks",
+)
 
 for _topic in TOPICS:
     importlib.import_module(f"dovetail.cli.algo_{_topic}")

@@ -106,6 +106,10 @@ def evaluate(
     text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.")],
     length: Annotated[int | None, typer.Option(help="Window in tokens (the model's context unless given).")] = None,
     stride: Annotated[int | None, typer.Option(help="Step of the window (half of it unless given).")] = None,
+    ngram: Annotated[
+        Path | None, typer.Option("--ngram", help="A text like it: n-grams fitted on that, as the trivial rival.")
+    ] = None,
+    ngram_order: Annotated[int, typer.Option(help="n of --ngram.")] = 3,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
     dtype: Dtype = "",
     as_json: Json = False,
@@ -118,9 +122,17 @@ def evaluate(
 
     if not text.is_file():
         raise UserError(f"no text file {str(text)!r}", where="--text")
+    if ngram is not None and not ngram.is_file():
+        raise UserError(f"no text file {str(ngram)!r}", where="--ngram")
     folder = resolve(path)
     model = load(folder, dtype=_dtype(dtype, device), device=_device(device), allow_keys=allow_key or [])
-    result = score(model, load_tokenizer(folder), _read(text), length=length, stride=stride)
+    tokenizer = load_tokenizer(folder)
+    result = score(model, tokenizer, _read(text), length=length, stride=stride)
+    if ngram is not None:
+        from dovetail.report.ngram_rival import ngram_rival
+
+        found = ngram_rival(tokenizer, _read(ngram), _read(text), ngram_order)
+        result |= {f"ngram_{name}": value for name, value in found.items()}
     if as_json:
         print(json.dumps(result))
         return

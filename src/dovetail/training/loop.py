@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from dovetail.data import Batches, Sampler
 from dovetail.data.rows import Rows, collate, real_tokens
 from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError
 from dovetail.objectives import Objective
+from dovetail.stats import RunningMean
 from dovetail.training import checkpoint
 from dovetail.training.device import autocast, compiled, peak_memory, peak_rate, precision
 from dovetail.training.flops import flops_per_token, parameter_count
@@ -312,8 +314,7 @@ def evaluate(
     """{nats, perplexity, accuracy, tokens} and the objective's other metrics over all rows (or the first `limit`
     batches); the mode is put back."""
     device = next(model.parameters()).device
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    metrics: dict[str, RunningMean] = defaultdict(RunningMean)
     was = model.training
     model.eval()
     try:
@@ -323,14 +324,13 @@ def evaluate(
             with autocast(precision, device):
                 loss = objective(model, {name: x.to(device) for name, x in made.items()})
             for name, (value, count) in loss.metrics.items():
-                sums[name] = sums.get(name, 0) + value.double()
-                counts[name] = counts.get(name, 0) + count
+                metrics[name].update_sum(value.double(), count)
     finally:
         model.train(was)
-    means = {name: float(sums[name] / counts[name]) for name in sums}
+    means = {name: float(metric.mean) for name, metric in metrics.items()}
     nats, correct = means.pop("nats"), means.pop("correct")
     perplexity = math.exp(nats) if nats < 700 else math.inf
-    return {"nats": nats, "perplexity": perplexity, "accuracy": correct, "tokens": int(counts["nats"])} | means
+    return {"nats": nats, "perplexity": perplexity, "accuracy": correct, "tokens": int(metrics["nats"].weight)} | means
 
 
 def _rate(t: Train, step: int) -> float:

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.score import Score
 
+_WIDTH = 128  # of heads that every fused operator takes
 _BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -21,7 +22,12 @@ _BACKENDS = [
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, score: Score | None, scale: float, dropout: float
 ) -> Tensor:
-    """(B,H,T,Dv). Value width is padded to the key width where the fused operators want them equal."""
+    """(B,H,T,Dv). Value width is padded to the key width where the fused operators want them equal; values far wider
+    than keys, as of a gated attention unit, go a slice at a time, each with the scores anew."""
+    Dv, D = v.shape[-1], q.shape[-1]
+    if Dv > max(D, _WIDTH) and not dropout:  # which every slice would draw for itself
+        slices = v.split(max(D, _WIDTH), -1)
+        return torch.cat([attend(q, k, part, mask, score, scale, dropout) for part in slices], -1)
     causal = mask is not None and mask.causal
     bias: Tensor | None = None
     if mask is not None and not mask.full and not causal:
@@ -35,7 +41,6 @@ def attend(
         bias = terms.to(q.dtype)
         if hidden is not None:
             bias = bias.masked_fill(~hidden, float("-inf"))
-    Dv, D = v.shape[-1], q.shape[-1]
     if Dv < D:
         v = F.pad(v, (0, D - Dv))
     elif Dv > D:
