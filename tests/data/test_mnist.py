@@ -84,6 +84,7 @@ def spoil(folder: Path, name: str, data: bytes) -> None:
         ("train images", gzip.compress(idx(np.zeros((9, 2, 2), np.uint8))), "9 images and 4 labels"),
         ("train labels", gzip.compress(idx(np.full(4, 10, np.uint8))), "a label of 10"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # bytes of gzip hold the time
 )
 def test_spoilt_files_are_refused(tmp_path: Path, name: str, data: bytes, said: str) -> None:
     write_mnist(tmp_path, train=4, test=1, side=(2, 2))

@@ -46,6 +46,7 @@ class SlowKneserNey(Slow):
     def __init__(self, sentences: Sequence[Sequence[str]], order: int, fallback: bool = False):
         super().__init__(sentences, order)
         self.after = self.followers(self.adjusted)
+        self.mass: dict[Gram, tuple[int, float]] = {}  # of each context asked: Σ of its counts, weight of the shorter
         self.discount: dict[int, list[float]] = {}
         for n in range(1, order + 1):
             of_count = Counter(c for gram, c in self.adjusted.items() if len(gram) == n)
@@ -62,8 +63,10 @@ class SlowKneserNey(Slow):
         if seen is None:
             return self.p(word, context[1:])
         d = self.discount[len(context) + 1]
-        total = sum(seen.values())
-        gamma = sum(d[min(c, 3)] for c in seen.values()) / total
+        if context not in self.mass:
+            total = sum(seen.values())
+            self.mass[context] = total, sum(d[min(c, 3)] for c in seen.values()) / total
+        total, gamma = self.mass[context]
         if lower is None:
             lower = self.p(word, context[1:])
         count = seen.get(word, 0)

@@ -34,7 +34,11 @@ def run(piece: Callable[..., tuple[Tensor, Tensor]], start: Tensor, given: Seque
     out = []
     for t in range(0, T, CHUNK):
         cut = [g[:, t : t + CHUNK] for g in given]
-        y, start = checkpoint(piece, start, *cut, use_reentrant=False, preserve_rng_state=False) if again else piece(start, *cut)  # type: ignore[misc]
+        y, start = (
+            checkpoint(piece, start, *cut, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else piece(start, *cut)
+        )  # type: ignore[misc]
         out.append(y)
     return torch.cat(out, 1), start
 
