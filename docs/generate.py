@@ -72,6 +72,7 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
     ("pooling", "concat"): {"of": ("first", "mean")},
     ("adapter", "bitfit"): {"add": True},  # the bundled model has no biases
     ("adapter", "fusion"): {"of": ("first", "second")},
+    ("corpus", "echoed"): {"corpus": {"kind": "text", "path": "book.txt"}},
     ("corpus", "controlled"): {"codes": ("Books",), "corpora": ({"kind": "text", "path": "books.txt"},)},
     ("model", "encoder_decoder"): {
         "encoder": {"depth": 2},

@@ -31,7 +31,7 @@ def test_interpreted() -> None:
     if GPU or os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the others run here")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

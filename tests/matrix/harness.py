@@ -71,6 +71,7 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("corpus", "files"): {"paths": ["a.txt", "b.txt"]},
     ("corpus", "mnist"): {"split": "train"},
     ("corpus", "pixels"): {"of": {"kind": "mnist", "path": "mnist", "split": "train"}},
+    ("corpus", "echoed"): {"corpus": {"kind": "text", "path": "a.txt"}},
     ("corpus", "controlled"): {"codes": ["A"], "corpora": [{"kind": "text", "path": "a.txt"}]},
     ("objective", "distillation"): {
         "teacher": "a",

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -35,8 +34,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, scale: float) -> Te
     block, gqa = mask.memo["block"], q.shape[1] != k.shape[1]
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=block, scale=scale, enable_gqa=gqa)  # type: ignore[return-value]
+    from torch._dynamo import config  # here: slow to import, and compiling has done so
+
     # Beyond its limit of graphs for one function, eight, torch would go on with the form that builds all scores.
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with config.patch(recompile_limit=64):
         return _compiled()(q, k, v, block_mask=block, scale=scale, enable_gqa=gqa)
 
 
