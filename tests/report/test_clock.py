@@ -38,6 +38,7 @@ def asked(folder: Path, checkpoint: Path, texts: dict[str, str]) -> dict[str, An
     }
 
 
+@pytest.mark.slow
 def test_the_recipe_at_the_size_of_a_test(tmp_path: Path, texts: dict[str, str]) -> None:
     """recipes/flash.yaml: the sizes of its arms are equal within 2%, and its first race runs through, made small."""
     recipe = read_yaml(Path(__file__).parents[2] / "recipes" / "flash.yaml")

@@ -118,6 +118,7 @@ def test_whole_rows_do_not_decode_and_time_runs_out(tmp_path: Path) -> None:
     assert all("the limit of 1e-09 s" in c["why"] for c in json.loads(path.read_text())["cells"])
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_one_length(tmp_path: Path) -> None:
     data = asked(
         tmp_path, arms=[{"name": "LSTM", "change": {"blocks.mixer": {"kind": "lstm"}}}], at=[16, 6_000], decode_at=[8]
@@ -180,6 +181,7 @@ def test_parts_that_cannot_be_built_are_refused_at_once(tmp_path: Path) -> None:
         Scaling.load(asked(tmp_path, arms=[arm]))
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_otherwise_is_named_after_the_others_were_measured(tmp_path: Path) -> None:
     short = {"kind": "encoder", "head": "linear", "blocks.mixer": {"kind": "linformer", "length": 16, "rank": 4}}
     arms = [{"name": "short", "change": short}, {"name": "softmax"}]
