@@ -29,14 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.errors import BuildError, RunError, SpecError, did_you_mean
-from dovetail.hub import files
 from dovetail.models.build import build
 from dovetail.report import scaling_page
 from dovetail.report.cost import machine, peak, state_bytes, versions
 from dovetail.report.plain import plain
-from dovetail.report.render import WIDTH
 from dovetail.report.scaling_page import DECODE, FORWARD, STEP, Cell, Measured, Scaled
 from dovetail.report.study_recipe import slug
+from dovetail.report.written import write
 from dovetail.spec import Spec
 from dovetail.spec.spec import validate
 from dovetail.training.device import autocast, choose, compiled, precision
@@ -196,15 +195,7 @@ def scaling(
         arms=tuple(_arm(asked, arm, target / "runs" / slug(arm.name) / "found.json") for arm in asked.arms),
         recipe=plain(asked),
     )
-    with files.atomic_folder(target) as scratch:
-        (scratch / "index.html").write_text(scaling_page.page(result), encoding="utf-8")
-        data = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        (scratch / "report.json").write_text(data + "\n", encoding="utf-8")
-    if not quiet:
-        screen = Console(highlight=False)
-        screen = screen if screen.is_terminal else Console(highlight=False, width=WIDTH)
-        screen.print(result)
-        screen.print(f"\nreport: {target / 'index.html'}", soft_wrap=True)
+    write(result, scaling_page.page(result), target, quiet)
     return result
 
 

@@ -23,17 +23,17 @@ from dovetail.adapters import trainable
 from dovetail.data import Pairs
 from dovetail.data.labelled import nearest_mean
 from dovetail.errors import DivergedError, DovetailError, SpecError
-from dovetail.hub import files, load, load_tokenizer
+from dovetail.hub import load, load_tokenizer
 from dovetail.hub.remote import resolve
 from dovetail.report import clock, study_page
 from dovetail.report.cost import machine, state_bytes, versions
 from dovetail.report.lengths import Lengths, examine
 from dovetail.report.plain import plain
-from dovetail.report.render import WIDTH
 from dovetail.report.scores import generate_scores, nearest, questions, score
 from dovetail.report.study_page import Curve, Found, Row
 from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, slug
 from dovetail.report.study_recipe import is_study as is_study
+from dovetail.report.written import write
 from dovetail.training.device import choose, peak_memory
 from dovetail.training.flops import parameter_count
 from dovetail.training.loop import Run
@@ -124,15 +124,7 @@ def study(
         out=str(target),
         **more,
     )
-    with files.atomic_folder(target) as scratch:
-        (scratch / "index.html").write_text(study_page.page(result), encoding="utf-8")
-        data = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        (scratch / "report.json").write_text(data + "\n", encoding="utf-8")
-    if not quiet:
-        screen = Console(highlight=False)
-        screen = screen if screen.is_terminal else Console(highlight=False, width=WIDTH)
-        screen.print(result)
-        screen.print(f"\nreport: {target / 'index.html'}", soft_wrap=True)
+    write(result, study_page.page(result), target, quiet)
     return result
 
 
