@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoX
 
 import dovetail as dt
 from dovetail.errors import BuildError
+from dovetail.parts import containers
 from dovetail.parts.context import Context
 from oracles import oracle_for
 from parts.making import make
@@ -195,3 +197,25 @@ def test_decoder_is_llama(kv_heads: int) -> None:
     for mine, peers in pairs:
         expected = torch.cat([p.grad for p in peers])
         torch.testing.assert_close(mine.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_feed_forwards_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a compiler, a checkpointed stack takes them in pieces of the tokens: same outputs, same gradients."""
+    spec: dict[str, Any] = {"kind": "decoder", "vocab": 64, "dim": 16, "depth": 2, "context": 16}
+    model = noise(dt.build(spec | {"blocks": {"mixer": {"kind": "attention", "heads": 2}}}, seed=0)).train()
+    tokens = torch.randint(0, 64, (2, 15))
+    wanted = model(tokens).logits
+    up = torch.randn_like(wanted)
+    plain = torch.autograd.grad(wanted, list(model.parameters()), up)
+    model.checkpointing = True
+    monkeypatch.setattr(containers, "TOKENS", 8)  # 30 tokens: three pieces
+    torch.compiler.reset()
+    found = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits
+    torch.testing.assert_close(found, wanted)
+    for a, b in zip(torch.autograd.grad(found, list(model.parameters()), up), plain, strict=True):
+        torch.testing.assert_close(a, b)
+    x = torch.randn(2, 15, 16)
+    block, took = model.blocks[0], []
+    block.feedforward.register_forward_hook(lambda _, given, __: took.append(given[0].shape[1]))
+    block(x, replace(Context.of(2, 15, x.device), pieces=4))
+    assert took == [4, 4, 4, 3]

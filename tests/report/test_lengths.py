@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import dovetail as dt
 from dovetail import surgery
+from dovetail.data.tokenizer import train_tokenizer
 from dovetail.errors import DataError, DovetailError, SpecError
 from dovetail.report import study as studies
 from dovetail.report.lengths import (
     ANSWER,
     CUE,
-    DIGITS,
+    SYMBOLS,
     Lengths,
     Variant,
     Wording,
@@ -105,7 +106,7 @@ def test_passkey_rows() -> None:
     made = passkeys(texts, 80, 6, WORDING, torch.Generator().manual_seed(0))
     places = set()
     for i, row in enumerate(made.tolist()):
-        key = row[-DIGITS:]
+        key = row[-SYMBOLS:]
         ask = [*WORDING.tell.tolist(), *key]
         assert row[-len(ask) :] == ask and all(120 <= d < 130 for d in key)
         told = next(t for t in range(len(row)) if row[t : t + len(ask)] == ask)
@@ -167,12 +168,12 @@ def test_an_oracle_finds_keys_and_copies_that_it_sees() -> None:
     model = Induction(130)
     texts = torch.stack([torch.randperm(99, generator=draw)[:90] for _ in range(3)])
     keys = passkeys(texts, 80, 8, WORDING, draw)
-    assert endings(model, keys, DIGITS, WORDING.digits).all()
+    assert endings(model, keys, SYMBOLS, WORDING.symbols).all()
     see = 50
     told = [row.index(100) for row in keys.tolist()]
     seen = torch.tensor([t >= 80 - see for t in told])
-    gone = torch.tensor([t + len(WORDING.tell) + DIGITS <= 80 - see for t in told])
-    right = endings(model, keys, DIGITS, WORDING.digits, see=see)
+    gone = torch.tensor([t + len(WORDING.tell) + SYMBOLS <= 80 - see for t in told])
+    right = endings(model, keys, SYMBOLS, WORDING.symbols, see=see)
     assert right[seen].all() and seen.any() and gone.any()
     assert not right[gone].all(1).any()
     passages = copied(texts, 80, 3, 4, draw)
@@ -181,8 +182,8 @@ def test_an_oracle_finds_keys_and_copies_that_it_sees() -> None:
 
 def test_measured_is_what_the_model_says(corpus: dict[str, str], trained: Path) -> None:
     model, tokenizer = dt.load(trained), dt.load_tokenizer(trained)
-    papers, digits = exams(tokenizer, asked(corpus), 0), Wording.of(tokenizer).digits
-    found = measured(model, papers, digits, 4)
+    papers, symbols = exams(tokenizer, asked(corpus), 0), Wording.of(tokenizer, asked(corpus).symbols).symbols
+    found = measured(model, papers, symbols, 4)
     assert set(found["metrics"]) == set(asked(corpus).titles)
     for name, rows in ((f"{SHORT}", papers[SHORT].text), (f"{LONG} repeated", papers[LONG].repeated)):
         assert rows is not None
@@ -192,15 +193,27 @@ def test_measured_is_what_the_model_says(corpus: dict[str, str], trained: Path) 
         share = 100 * float((logits.argmax(-1) == rows[:, 1:]).double().mean())
         assert found["metrics"][f"accuracy@{name}"] == pytest.approx(share, abs=1e-9)
     keys = papers[LONG].passkeys
-    logits = model(keys[:, :-1]).logits[:, -DIGITS:, digits]
-    share = 100 * float((digits[logits.argmax(-1)] == keys[:, -DIGITS:]).double().mean())
+    logits = model(keys[:, :-1]).logits[:, -SYMBOLS:, symbols]
+    share = 100 * float((symbols[logits.argmax(-1)] == keys[:, -SYMBOLS:]).double().mean())
     assert found["metrics"][f"passkey@{LONG}"] == pytest.approx(share)
     assert [(a, b) for a, b, _ in found["curve"]] == [(0, 48), (48, 96), (96, 144), (144, 192)]
     mean = sum(nats for *_, nats in found["curve"]) / 4
     assert mean == pytest.approx(found["metrics"][f"loss@{LONG}"], rel=1e-6)
-    short = measured(model, papers, digits, 4, SHORT)["metrics"]  # truncation changes nothing at the trained length
+    short = measured(model, papers, symbols, 4, SHORT)["metrics"]  # truncation changes nothing at the trained length
     assert all(short[name] == found["metrics"][name] for name in short if f"@{SHORT}" in name)
     assert short[f"loss@{LONG}"] != found["metrics"][f"loss@{LONG}"]
+
+
+def test_passkeys_are_made_of_symbols_that_are_one_token(corpus: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([" one two six. " * 9], 280, tmp_path)
+    for symbols in ("0123456789", ("one", "two", "six")):
+        found = Wording.of(tokenizer, symbols)
+        said = [tokenizer.decode([*found.tell.tolist(), i]) for i in found.symbols.tolist()]
+        assert said == [f"\nThe pass key is {symbol}" for symbol in symbols]
+    with pytest.raises(DovetailError, match=r"(?s)'seven'.*lengths.symbols"):
+        Wording.of(tokenizer, ("one", "seven"))
+    with pytest.raises(ValueError, match="all different"):
+        asked(corpus, symbols=("a", "a"))
 
 
 def test_variants_start_nothing_anew(corpus: dict[str, str], trained: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
@@ -82,8 +83,14 @@ class BlockModule(Drops):
         if self.cross is not None:
             x = self.join(x, "cross", lambda h: self.branch("cross", h, ctx, other))
         if self.feedforward is not None:
-            x = self.join(x, "feedforward", lambda h: self.branch("feedforward", h))
+            x = self.join(x, "feedforward", lambda h: self.by_pieces(h, ctx.pieces))
         return x
+
+    def by_pieces(self, x: Tensor, pieces: int) -> Tensor:
+        """The feed-forward of x (B,T,C), so many pieces of T one after the other."""
+        if pieces == 1:
+            return self.branch("feedforward", x)
+        return torch.cat([self.branch("feedforward", piece) for piece in x.chunk(pieces, 1)], 1)
 
     def branch(self, name: str, x: Tensor, *rest: Any) -> Tensor:
         """What a branch gives for x (B,T,C), through the adapters that stand around it."""
@@ -175,7 +182,7 @@ class ParallelModule(BlockModule):
         if self.cross is not None:
             out = out + self.dropout(self.branch("cross", self.normed("cross", x), ctx, other))
         if self.feedforward is not None:
-            out = out + self.dropout(self.branch("feedforward", self.normed("feedforward", x)))
+            out = out + self.dropout(self.by_pieces(self.normed("feedforward", x), ctx.pieces))
         return out
 
 

@@ -24,6 +24,8 @@ from dovetail.spec.categories import BlockPart, NormPart, PositionPart
 from dovetail.spec.paths import fold, selected
 from dovetail.spec.ranges import Chance
 
+PIECES, TOKENS = 4, 2048  # of a feed-forward under checkpointing: at most so many, of so many tokens at least
+
 
 @register(
     "container", "stack", default=True, oracle="transformers bart encoder", source="Vaswani et al. 2017, figure 1"
@@ -121,6 +123,8 @@ class StackModule(Drops):
             with torch.no_grad():
                 for i in self.first:
                     self.blocks[i](x, ctx, None if layers is None else layers[i])
+            # Each piece is made again just before its own backward, which an eager recomputation would not do.
+            ctx = replace(ctx, pieces=max(1, min(PIECES, x.shape[0] * x.shape[1] // TOKENS)))
         for i, block in enumerate(self.blocks):
             layer = None if layers is None else layers[i]
             if again:

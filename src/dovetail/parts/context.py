@@ -27,6 +27,8 @@ class Context:
     tokens stand (0..S-1 unless given).
     cond: named conditioning tensors (time, class, text). grid: height and width of a flattened image.
     aligned: a static promise that order is 0..T-1 in every row and nothing is padded or packed.
+    pieces: feed-forwards take the tokens in so many pieces, one after the other, so that their hidden vectors never
+        stand whole (Kitaev et al. 2020, section 3).
     memo: tables and masks computed once a forward and shared by the layers; never part of the pytree. Nothing that
         needs a gradient belongs there: activation checkpointing would not compute it again.
     """
@@ -40,6 +42,7 @@ class Context:
     cond: dict[str, Tensor] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
     aligned: bool = False
+    pieces: int = 1
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -183,15 +186,16 @@ def refuse_memory(keys: Tensor | None, values: Tensor | None, path: str) -> None
 
 
 _TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "memory_positions", "cond")
+_STATIC = ("grid", "aligned", "pieces")
 
 
 def _flatten(ctx: Context) -> tuple[list[Any], Any]:
-    return [getattr(ctx, name) for name in _TENSORS], (ctx.grid, ctx.aligned)
+    return [getattr(ctx, name) for name in _TENSORS], tuple(getattr(ctx, name) for name in _STATIC)
 
 
 def _unflatten(values: Any, static: Any) -> Context:
-    return Context(**dict(zip(_TENSORS, values, strict=True)), grid=static[0], aligned=static[1])
+    return Context(**dict(zip((*_TENSORS, *_STATIC), (*values, *static), strict=True)))
 
 
 _pytree.register_pytree_node(Context, _flatten, _unflatten, serialized_type_name="dovetail.Context")
-assert {f.name for f in fields(Context)} == {*_TENSORS, "grid", "aligned", "memo"}
+assert {f.name for f in fields(Context)} == {*_TENSORS, *_STATIC, "memo"}

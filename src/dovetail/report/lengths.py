@@ -22,9 +22,9 @@ from dovetail.spec.categories import CorpusPart
 from dovetail.surgery import transplant
 from dovetail.training.recipe import Section
 
-DIGITS = 5  # of a passkey
+SYMBOLS = 5  # of a passkey
 CUE, ANSWER = 16, 16  # tokens of a copied passage that are said again, and that are asked
-_TELL, _REMEMBER = "\nThe pass key is ", ". Remember it.\n"
+_TELL, _REMEMBER = "\nThe pass key is", ". Remember it.\n"
 
 
 class Variant(Section):
@@ -47,20 +47,24 @@ class Lengths(Section):
 
     text: real, with documents longer than the longest row. at: lengths in tokens, rising; the first is the trained one.
     tokens: about so many of the text are scored at every length, and as many repeated. questions: passkeys, and as many
-    passages to copy, at every length. buckets: parts of the longest row whose losses are drawn. What is drawn of the
-    text, and every question, depends on the seed and the text alone.
+    passages to copy, at every length. symbols: what passkeys are made of, each one token behind a space; a model can
+    only say again what it has met in training, and novels have few digits. buckets: parts of the longest row whose
+    losses are drawn. What is drawn of the text, and every question, depends on the seed and the text alone.
     """
 
     text: CorpusPart
     at: tuple[int, ...] = (512, 4096)
     tokens: int = Field(default=131_072, ge=64)
     questions: int = Field(default=64, ge=1)
+    symbols: tuple[str, ...] = tuple("0123456789")
     buckets: int = Field(default=32, ge=1)
 
     @model_validator(mode="after")
     def _rising(self) -> Lengths:
         if len(self.at) < 2 or self.at[0] < 2 or any(a >= b for a, b in pairwise(self.at)):
             raise ValueError(f"at is {list(self.at)}; give two or more lengths, the trained one first, rising")
+        if len(self.symbols) < 2 or len(set(self.symbols)) < len(self.symbols):
+            raise ValueError(f"symbols are {list(self.symbols)}; give two or more, all different")
         return self
 
     @property
@@ -71,7 +75,7 @@ class Lengths(Section):
             for which in ("", *([] if n == self.at[0] else [" repeated"])):
                 out[f"accuracy@{n}{which}"] = f"token accuracy at {n}{which}, %"
                 out[f"loss@{n}{which}"] = f"nats/token at {n}{which}"
-            out[f"passkey@{n}"] = f"passkey digits at {n}, %"
+            out[f"passkey@{n}"] = f"passkey symbols at {n}, %"
             out[f"copied@{n}"] = f"copied tokens at {n}, %"
         return out
 
@@ -95,9 +99,9 @@ class Lengths(Section):
     def note(self) -> str:
         """What the metrics mean, for the page."""
         return (
-            f"Repeated: {self.at[0]} tokens of the text over and over. Passkey: {DIGITS} digits said once anywhere in the "
-            "text and asked at its end; share of digits that are the likeliest of the ten, given those before, so that "
-            f"chance is 10%. Copied: {CUE} tokens from the first {self.at[0] // 4} of the text are said again at its end; "
+            f"Repeated: {self.at[0]} tokens of the text over and over. Passkey: {SYMBOLS} of {', '.join(self.symbols)}, said "
+            "once anywhere in the text and asked at its end; share of them that are the likeliest of these, given those "
+            f"before, so that chance is {100 / len(self.symbols):.0f}%. Copied: {CUE} tokens from the first {self.at[0] // 4} of the text are said again at its end; "
             f"share of the {ANSWER} tokens that followed them which greedy decoding would write, given those before. "
             "Variants are applied as they stand at every length, the trained one too."
         )
@@ -115,21 +119,30 @@ class Exam:
 
 @dataclass(frozen=True)
 class Wording:
-    """A passkey's sentences as ids. tell: before the digits, which `remember` follows; asked by `tell` again.
-    digits: (10,), the tokens of 0 to 9."""
+    """A passkey's sentences as ids. tell: before the symbols, which `remember` follows; asked by `tell` again.
+    symbols: (N,), the token of each."""
 
     tell: Tensor
     remember: Tensor
-    digits: Tensor
+    symbols: Tensor
 
     @staticmethod
-    def of(tokenizer: Any) -> Wording:
-        """Raises DataError for a tokenizer without a token of its own for every digit."""
-        digits = [tokenizer.encode(str(i), special=False)[-1:] for i in range(10)]
-        if len({tuple(d) for d in digits if d}) < 10:
-            raise DataError("the tokenizer has no token for each digit: it cannot be asked for a passkey")
-        tell, remember = (torch.tensor(tokenizer.encode(t, special=False)) for t in (_TELL, _REMEMBER))
-        return Wording(tell, remember, torch.tensor(digits)[:, 0])
+    def of(tokenizer: Any, symbols: Sequence[str]) -> Wording:
+        """Raises DataError for a tokenizer without a token of its own for every symbol behind a space."""
+        tell, remember = (tokenizer.encode(t, special=False) for t in (_TELL, _REMEMBER))
+        ids = [tokenizer.encode(f"{_TELL} {symbol}", special=False)[len(tell) :] for symbol in symbols]
+        space = tokenizer.encode(f"{_TELL} ", special=False)[len(tell) :]
+        # Where a space is a token of its own, as before digits, it belongs to what is told.
+        if all(one[: len(space)] == space for one in ids):
+            tell, ids = tell + space, [one[len(space) :] for one in ids]
+        for symbol, one in zip(symbols, ids, strict=True):
+            if len(one) != 1:
+                raise DataError(
+                    f"the tokenizer has no token of its own for {symbol!r}, and cannot be asked for passkeys of it",
+                    where="lengths.symbols",
+                    remedy="give symbols that are one token each",
+                )
+        return Wording(torch.tensor(tell), torch.tensor(remember), torch.tensor(ids)[:, 0])
 
 
 def exams(tokenizer: Any, asked: Lengths, seed: int) -> dict[int, Exam]:
@@ -141,7 +154,7 @@ def exams(tokenizer: Any, asked: Lengths, seed: int) -> dict[int, Exam]:
     draw = torch.Generator().manual_seed(seed)
     wanted = max(1, asked.tokens // longest)
     rows = every[torch.randperm(every.shape[0], generator=draw)[:wanted].sort().values]
-    wording = Wording.of(tokenizer)
+    wording = Wording.of(tokenizer, asked.symbols)
     return {
         n: Exam(
             recut(rows, n),
@@ -163,14 +176,14 @@ def passkeys(rows: Tensor, length: int, count: int, wording: Wording, draw: torc
 
     rows: texts (R, > length) taken in turn. Raises DataError where the sentences leave no room for text.
     """
-    frame = 2 * (wording.tell.shape[0] + DIGITS) + wording.remember.shape[0]
+    frame = 2 * (wording.tell.shape[0] + SYMBOLS) + wording.remember.shape[0]
     room = length + 1 - frame
     if room < 1:
         raise DataError(f"a passkey takes {frame} tokens, a row has {length + 1}", remedy="give longer lengths")
     out = []
     for i in range(count):
         text = rows[i % rows.shape[0], :room]
-        key = wording.digits[torch.randint(10, (DIGITS,), generator=draw)]
+        key = wording.symbols[torch.randint(len(wording.symbols), (SYMBOLS,), generator=draw)]
         at = int(torch.randint(room + 1, (), generator=draw))
         out.append(torch.cat([text[:at], wording.tell, key, wording.remember, text[at:], wording.tell, key]))
     return torch.stack(out)
@@ -222,7 +235,7 @@ def likeliest(logits: Tensor, labels: Tensor, among: Tensor | None = None) -> Te
 
 
 def measured(
-    model: Any, asked: Mapping[int, Exam], digits: Tensor, buckets: int, see: int | None = None
+    model: Any, asked: Mapping[int, Exam], symbols: Tensor, buckets: int, see: int | None = None
 ) -> dict[str, Any]:
     """metrics: name -> value (accuracies in %, losses in nats/token); curve: (from, to, nats/token) along the longest
     rows of text. see: tokens that are shown at a time, instead of whole rows."""
@@ -234,7 +247,7 @@ def measured(
                 continue
             nats, right = token_scores(model, rows, see=see)
             metrics |= {f"accuracy@{name}": _percent(right), f"loss@{name}": float(nats.double().mean())}
-        metrics[f"passkey@{n}"] = _percent(endings(model, exam.passkeys, DIGITS, digits, see=see))
+        metrics[f"passkey@{n}"] = _percent(endings(model, exam.passkeys, SYMBOLS, symbols, see=see))
         metrics[f"copied@{n}"] = _percent(endings(model, exam.copied, ANSWER, see=see))
     return {"metrics": metrics, "curve": [(b.start, b.stop, b.nats) for b in by_position(nats, buckets)]}
 
@@ -253,8 +266,8 @@ def examine(
             where="lengths.at",
             remedy=f"begin with {context}",
         )
-    papers, digits = exams(tokenizer, asked, seed), Wording.of(tokenizer).digits
-    found = {"": measured(model, papers, digits, asked.buckets)}
+    papers, symbols = exams(tokenizer, asked, seed), Wording.of(tokenizer, asked.symbols).symbols
+    found = {"": measured(model, papers, symbols, asked.buckets)}
     for variant in variants:
         changed = model
         if variant.swap:
@@ -271,7 +284,7 @@ def examine(
                 )
             changed = done.model
         found[variant.name] = measured(
-            changed, papers, digits, asked.buckets, asked.at[0] if variant.truncate else None
+            changed, papers, symbols, asked.buckets, asked.at[0] if variant.truncate else None
         )
     return found
 
