@@ -3,7 +3,7 @@
 python bench/gated_linear.py [OUT]; --sweep instead times the launches of each kernel at D128, T8192 (and prints them).
 
 The peer is fla.ops.gla.chunk_gla, where `fla` can be imported; its kernels tune themselves at their first call, which
-takes minutes unless several are compiled at once, as here.
+takes minutes unless they are compiled at once, as here.
 
 Bytes, in units of u = tokens · heads · 128 · 2 bytes (268 MB for 64k tokens of 16 heads), D = Dv = 128, bf16 with log α in
 fp32: no kernel can move less than 6u forward (q, k, v, log α, o) and 11u backward (those and do; dq, dk, dv, dlog α):
@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from common import interleaved, row, write
 from torch import Tensor
 from torch.nn import functional as F
+from tuning import compiled_at_once
 
 from dovetail.kernels.gated_linear import gated_linear, reference, triton
 
@@ -114,6 +115,8 @@ def speed(out: Path | None) -> None:
         from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
     except ImportError:
         chunk_gla = None
+    else:
+        compiled_at_once(first_call, partial(first_call, 64))
     rows: list[dict[str, Any]] = []
     single, half = torch.float32, torch.bfloat16
     cases = [(2048, 128, single), (8192, 128, single), (32768, 128, single), (8192, 128, half), (8192, 64, single)]
@@ -123,9 +126,7 @@ def speed(out: Path | None) -> None:
         ways: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(q, k, v, g)[0]}  # noqa: B023
         if chunk_gla is not None:
             ways["fla chunk_gla"] = lambda: chunk_gla(q, k, v, g)[0]  # noqa: B023
-            with tuned_together():
-                theirs = ways["fla chunk_gla"]()
-                torch.autograd.grad(theirs, given, up)
+            theirs = ways["fla chunk_gla"]()
             print(f"T{T} D{D}: ours - fla, relative to the largest: {_error(ways['ours'](), theirs.double()):.1e}")
         steps = {n: (lambda run=run: torch.autograd.grad(run(), given, up)) for n, run in ways.items()}  # noqa: B023
         with torch.no_grad():
@@ -137,36 +138,20 @@ def speed(out: Path | None) -> None:
             peer = "fla chunk_gla" if chunk_gla is not None else "ours"
             rows.append(row(f"{case} {what}", "ms", ms["ours"], ms[peer], peer, smaller=True))
             print(rows[-1], flush=True)
-    write("gated_linear", rows, "python bench/gated_linear.py", out)
+        write("gated_linear", rows, "python bench/gated_linear.py", out)  # what stands is kept if a later case fails
 
 
-@contextmanager
-def tuned_together() -> Iterator[None]:
-    """While a kernel chooses its own configuration, all of them are compiled at once, not one after another."""
-    from triton.runtime.autotuner import Autotuner
+def first_call(D: int = 128) -> None:
+    """The peer, forward and backward, on little: its kernels are chosen by widths and types alone."""
+    from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
 
-    run, seen = Autotuner.run, set()
-
-    def first_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) not in seen and len(self.configs) > 1:
-            seen.add(id(self))
-            grid, more = kwargs.get("grid"), {n: x for n, x in kwargs.items() if n not in ("grid", "warmup")}
-            with ThreadPoolExecutor(WORKERS) as pool:  # what fails here fails again, and is passed over, in the choice
-                jobs = [pool.submit(self.fn.warmup, *args, grid=grid, **more, **c.all_kwargs()) for c in self.configs]
-            print(
-                f"{self.base_fn.__name__}: {sum(j.exception() is None for j in jobs)} of {len(jobs)} compiled",
-                flush=True,
-            )
-        return run(self, *args, **kwargs)
-
-    Autotuner.run = first_compile
-    try:
-        yield
-    finally:
-        Autotuner.run = run
+    for decay in (torch.float32, torch.bfloat16) if D == 128 else (torch.float32,):
+        q, k, v, g = given = inputs(1, 2048, HEADS, D, D, torch.bfloat16, decay, False)
+        torch.autograd.grad(chunk_gla(q, k, v, g)[0], given, torch.randn_like(v))
 
 
 KEY = (128, True)
+CHOSEN = triton.BLOCKS[KEY]
 SWEEP: dict[str, list[triton.Launch]] = {
     "walk": [triton.Launch(v, 8 if k == 128 else 4, s, k) for k, v, s in itertools.product((32, 64, 128), (64, 128), (2, 3, 4))],
     "forward": [triton.Launch(v, 4, s) for v, s in itertools.product((32, 64, 128), (1, 2, 3))] + [triton.Launch(64, 8, 2)],
@@ -179,7 +164,7 @@ SWEEP: dict[str, list[triton.Launch]] = {
 def one(name: str, launch: triton.Launch) -> Callable[[], Any]:
     """A call of the kernel alone, so launched, at T8192; the steep chunks' variant is left out."""
     triton.STEEP = (False,)
-    triton.BLOCKS[KEY] = triton.BLOCKS[KEY]._replace(**{name: launch})
+    triton.BLOCKS[KEY] = CHOSEN._replace(**{name: launch})
     q, k, v, g = (
         t.detach().transpose(1, 2) for t in inputs(8, 8192, HEADS, 128, 128, torch.bfloat16, torch.float32, False)
     )
@@ -210,21 +195,19 @@ def sweep() -> None:
     jobs = [(name, launch) for name, launches in SWEEP.items() for launch in launches]
     with _workers() as pool:
         failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
-    base = triton.BLOCKS[KEY]
     for name, launches in SWEEP.items():
         times = {}
         for launch in launches:
             if failed[name, launch]:
                 print(f"{name:16} {launch}: {failed[name, launch]}")
                 continue
-            triton.BLOCKS[KEY] = base
             times[launch] = interleaved({"": _often(one(name, launch))}, rounds=5, warmup=1)[""][0] / REPEAT
         for launch, seconds in sorted(times.items(), key=lambda item: item[1]):
             print(
-                f"{name:16} {1e3 * seconds:.3f} ms {launch}{' (as it stands)' if launch == getattr(base, name) else ''}",
+                f"{name:16} {1e3 * seconds:.3f} ms {launch}{' (as it stands)' if launch == getattr(CHOSEN, name) else ''}",
                 flush=True,
             )
-    triton.BLOCKS[KEY] = base
+    triton.BLOCKS[KEY] = CHOSEN
     for T, fill in itertools.product((8192, 32768), (128, 256, 512, 1024, 2048)):
         triton.FILL = fill
         q, k, v, g = (t.detach() for t in inputs(TOKENS // T, T, HEADS, 128, 128, torch.bfloat16, torch.float32, False))

@@ -7,6 +7,7 @@ Peers, where they are installed: flash-linear-attention's delta rules, mamba_ssm
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from common import interleaved, row, write
 from torch import Tensor
 from torch.nn import functional as F
+from tuning import compiled_at_once
 
 from dovetail.kernels import delta_rule, ssm_scan
 
@@ -119,6 +121,16 @@ def delta_ways(B: int, T: int, gated: bool) -> Ways:
     return ways
 
 
+def first_call() -> None:
+    """The peer's delta rules, forward and backward, on little: its kernels are chosen by widths and types alone."""
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    q, k, v, beta, decay = given = delta_inputs(1, 16, 2048, 128, torch.bfloat16)
+    torch.autograd.grad(chunk_delta_rule(q, k, v, beta)[0], given[:4], torch.randn_like(v))
+    torch.autograd.grad(chunk_gated_delta_rule(q, k, v, g=decay, beta=beta)[0], given, torch.randn_like(v))
+
+
 def scan_ways(B: int, T: int) -> Ways:
     inputs = scan_inputs(B, T, 2048, 16)
     inputs[5] = torch.zeros_like(inputs[5])
@@ -180,6 +192,8 @@ def measured(case: str, tokens: int, ways: Ways) -> list[dict[str, Any]]:
 
 def speed(out: Path | None) -> None:
     rows: list[dict[str, Any]] = []
+    if importlib.util.find_spec("fla"):
+        compiled_at_once(first_call)
     for T in LENGTHS:
         B = max(1, TOKENS // T)
         for gated in (False, True):

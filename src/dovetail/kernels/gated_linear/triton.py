@@ -23,6 +23,7 @@ from torch import Tensor
 from dovetail.kernels.gated_linear import triton_kernels
 
 FILL = 512  # programs that a walk should have
+LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower ones in bf16 read outside their memory
 LEAST = 8  # chunks of a segment, at least
 STEEP = (False, True)  # each kernel is launched for either kind of chunk; a program of the other kind returns at once
 
@@ -50,7 +51,7 @@ class Blocks(NamedTuple):
 # warps are one warp group, which multiplies 64 rows: eight would hold everything twice.
 BLOCKS = {
     (64, True): Blocks(64, Launch(64, 4, 3, 64), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2, 64)),
-    (128, True): Blocks(64, Launch(64, 4, 3, 64), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2, 64)),
+    (128, True): Blocks(64, Launch(128, 4, 4, 32), Launch(64, 4, 3), Launch(64, 4, 2), Launch(64, 4, 2, 64)),
     (256, True): Blocks(32, Launch(64, 4, 2, 64), Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1, 64)),
     (64, False): Blocks(32, Launch(32, 4, 1, 64), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1, 32)),
     (128, False): Blocks(32, Launch(32, 4, 1, 64), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 4, 1, 32)),
@@ -173,7 +174,7 @@ class _Call(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of xᵀ y that fade by g: what each chunk meets (B,H,N,D,Dv), after the last (B,H,D,Dv), and G (B·H,N,D)."""
         launch, N, heads = self.blocks.walk, triton.cdiv(self.T, self.blocks.chunk), self.B * self.H
-        keys, values = _least(self.D, launch.keys), _least(self.Dv, launch.values)
+        keys, values = self._columns(self.D, launch.keys), self._columns(self.Dv, launch.values)
         tiles = triton.cdiv(self.D, keys) * triton.cdiv(self.Dv, values)
         per = triton.cdiv(N, max(1, min(FILL // (tiles * heads), N // LEAST)))  # chunks of a segment
         segments = triton.cdiv(N, per)
@@ -207,18 +208,17 @@ class _Call(NamedTuple):
 
     def _chunks(self, kernel: Any, launch: Launch, tokens: list[Tensor], others: list[Tensor], scale: float) -> None:
         """A program for every chunk and `launch.keys` columns of keys, or all of them."""
-        keys, N = _least(self.D, launch.keys or 256), triton.cdiv(self.T, self.blocks.chunk)
+        keys, N = self._columns(self.D, launch.keys or 256), triton.cdiv(self.T, self.blocks.chunk)
         for apart in STEEP:
             kernel[(self.B * self.H * triton.cdiv(self.D, keys), N)](
                 *tokens, self.reset, *others, *map(_strides, tokens), self.T, self.H, N, scale,
-                BK=keys, BV=_least(self.Dv, launch.values), APART=apart,
+                BK=keys, BV=self._columns(self.Dv, launch.values), APART=apart,
                 **self.meta, num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
 
-
-def _least(width: int, most: int = 256) -> int:
-    """The columns of a tile: a power of two of at least 16."""
-    return min(max(16, triton.next_power_of_2(width)), most)
+    def _columns(self, width: int, most: int) -> int:
+        """Of a tile: a power of two, and no less than `LEAST_COLUMNS`."""
+        return min(max(LEAST_COLUMNS[not self.meta["EXACT"]], triton.next_power_of_2(width)), most)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

@@ -1,0 +1,54 @@
+"""Peers whose Triton kernels tune themselves at their first call: their configurations compiled by many processes at once.
+
+One after another they take minutes. What is compiled lies in Triton's cache on disk, where the tuning itself, which is
+the peer's own and whole, finds it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+WORKERS = max(2, min(24, (os.cpu_count() or 2) - 4))
+Work = Callable[[], Any]
+
+
+def compiled_at_once(*work: Work) -> None:
+    """Compiles every configuration of each kernel that the calls of `work` start; functions of a module's top level."""
+    start = time.perf_counter()
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failed = {error for error in pool.map(_share, [(work, i) for i in range(WORKERS)]) if error}
+    print(f"peers' kernels compiled in {time.perf_counter() - start:.0f} s", *failed, flush=True)
+
+
+def _share(job: tuple[tuple[Work, ...], int]) -> str:
+    """Compiles every WORKERS-th configuration. What fails here fails in the tuning too, which passes over it."""
+    from triton.runtime.autotuner import Autotuner
+
+    work, share = job
+    bench, run = Autotuner._bench, Autotuner.run
+
+    def some(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
+        if self.configs.index(config) % WORKERS != share:
+            return [float("inf")] * 3
+        self._do_bench = lambda call, quantiles: (call(), [1.0, 1.0, 1.0])[1]
+        return bench(self, *args, config=config, **meta)
+
+    def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.cache_results = False  # times of a share are not to be found by others
+        try:
+            return run(self, *args, **kwargs)
+        except Exception:  # a share of which nothing fits the device: what comes of the call is not read
+            return None
+
+    Autotuner._bench, Autotuner.run = some, quiet  # type: ignore[method-assign]
+    try:
+        for one in work:
+            one()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return ""
