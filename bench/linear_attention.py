@@ -6,8 +6,10 @@ python bench/linear_attention.py --sweep        which sizes are best, and what e
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from common import interleaved, row, write
 from torch import Tensor
-from tuning import compiled_at_once
+from tuning import WORKERS, compiled_at_once
 
 from dovetail.kernels.linear_attention import linear_attention, normalised, operator, plan, reference, triton
 from dovetail.kernels.linear_attention.spans import Sizes
@@ -53,55 +55,59 @@ def first_call() -> None:
         torch.autograd.grad(theirs(q, k, v), (q, k, v), torch.randn_like(v))
 
 
+# name, dtype, T, heads of keys, widths, what is known besides, whether divided by the sum of weights
+CHECKS = [
+    (*case, divided)
+    for case in (
+        ("plain", torch.bfloat16, 1024, 4, (128, 128), ()), ("plain", torch.bfloat16, 1000, 4, (256, 256), ()),
+        ("plain", torch.bfloat16, 700, 4, (64, 128), ()), ("grouped", torch.bfloat16, 700, 2, (128, 64), ()),
+        ("ragged", torch.bfloat16, 333, 4, (100, 1), ()), ("decay", torch.bfloat16, 1000, 4, (128, 128), ("decay",)),
+        ("packed", torch.bfloat16, 1000, 2, (128, 128), ("segments", "decay", "start")),
+        ("plain", torch.float16, 700, 4, (128, 128), ("start",)), ("plain", torch.float32, 700, 4, (128, 128), ()),
+        ("packed", torch.float32, 700, 2, (64, 256), ("segments", "decay", "start")),
+    )
+    for divided in (False, True)
+]  # fmt: skip
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
+
+
 def check() -> None:
-    """The kernel against the plain twin in fp64, outputs and gradients; the peer beside it where it does the same."""
-    cases: list[tuple[str, torch.dtype, int, int, tuple[int, int], set[str]]] = [
-        ("plain", torch.bfloat16, 1024, 4, (128, 128), set()),
-        ("plain", torch.bfloat16, 1000, 4, (256, 256), set()),
-        ("plain", torch.bfloat16, 700, 4, (64, 128), set()),
-        ("grouped", torch.bfloat16, 700, 2, (128, 64), set()),
-        ("ragged", torch.bfloat16, 333, 4, (100, 1), set()),
-        ("decay", torch.bfloat16, 1000, 4, (128, 128), {"decay"}),
-        ("packed", torch.bfloat16, 1000, 2, (128, 128), {"segments", "decay", "start"}),
-        ("plain", torch.float16, 700, 4, (128, 128), {"start"}),
-        ("plain", torch.float32, 700, 4, (128, 128), set()),
-        ("packed", torch.float32, 700, 2, (64, 256), {"segments", "decay", "start"}),
-    ]
-    for name, dtype, T, G, widths, more in cases:
-        for divided in (False, True):
-            q, k, v = inputs(2, T, (4, G, G), widths, dtype)
-            if divided:
-                q, k = (t.detach().float().abs().to(dtype).requires_grad_() for t in (q, k))
-            known = {n: _known(n, T, G, widths[0], widths[1] + divided) for n in more}
-            run = ours if not divided else partial(_divided, normalised)
-            twin = _twin if not divided else partial(_divided, _twin_normalised)
-            start = [known["start"].requires_grad_()] if "start" in known else []
-            real = (known["segments"] >= 0)[:, :, None, None] if "segments" in known else 1
-            g = torch.randn(*q.shape[:3], widths[1], device="cuda") * real
-            wide = [t.detach().double().requires_grad_() for t in (q, k, v, *start)]
-            also = {n: t.double() if t.is_floating_point() else t for n, t in known.items()}
-            if start:
-                also["start"] = wide[3]
-            plain = twin(*wide[:3], **also) * real
-            expected = (plain, *torch.autograd.grad(plain, wide, g.double()))
-            ways = {"ours": lambda: run(q, k, v, **known)}  # noqa: B023
-            if (
-                name == "plain"
-                and widths == (128, 128)
-                and dtype == torch.bfloat16
-                and not divided
-                and chunk_linear_attn
-            ):
-                ways["fla"] = lambda: theirs(q, k, v)  # noqa: B023
-            for who, way in ways.items():
-                out = way() * real
-                found = (out, *torch.autograd.grad(out, [q, k, v, *start], g.to(out.dtype)))
-                errors = [_error(a, b) for a, b in zip(found, expected, strict=True)]
-                print(
-                    f"{who:5} {name:8} {dtype!s:15} T{T} D,E {widths} divided={divided!s:5}", _text(errors), flush=True
-                )
-                limit = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}[dtype]
-                assert who != "ours" or max(errors) < limit, (name, dtype, divided, errors)
+    """Each case in a process of its own: most of the time is compiling."""
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(checked, CHECKS):
+            print(*lines, sep="\n", flush=True)
+
+
+def checked(case: tuple[str, torch.dtype, int, int, tuple[int, int], tuple[str, ...], bool]) -> list[str]:
+    """Errors of outputs and gradients against the plain twin in fp64; of the peer too where it does the same."""
+    name, dtype, T, G, widths, more, divided = case
+    torch.manual_seed(0)
+    q, k, v = inputs(2, T, (4, G, G), widths, dtype)
+    if divided:
+        q, k = (t.detach().float().abs().to(dtype).requires_grad_() for t in (q, k))
+    known = {n: _known(n, T, G, widths[0], widths[1] + divided) for n in more}
+    run = ours if not divided else partial(_divided, normalised)
+    twin = _twin if not divided else partial(_divided, _twin_normalised)
+    start = [known["start"].requires_grad_()] if "start" in known else []
+    real = (known["segments"] >= 0)[:, :, None, None] if "segments" in known else 1
+    g = torch.randn(*q.shape[:3], widths[1], device="cuda") * real
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v, *start)]
+    also = {n: t.double() if t.is_floating_point() else t for n, t in known.items()}
+    if start:
+        also["start"] = wide[3]
+    plain = twin(*wide[:3], **also) * real
+    expected = (plain, *torch.autograd.grad(plain, wide, g.double()))
+    ways = {"ours": lambda: run(q, k, v, **known)}
+    if name == "plain" and widths == (128, 128) and dtype == torch.bfloat16 and not divided and chunk_linear_attn:
+        ways["fla"] = lambda: theirs(q, k, v)
+    lines = []
+    for who, way in ways.items():
+        out = way() * real
+        found = (out, *torch.autograd.grad(out, [q, k, v, *start], g.to(out.dtype)))
+        errors = [_error(a, b) for a, b in zip(found, expected, strict=True)]
+        lines.append(f"{who:5} {name:8} {dtype!s:15} T{T} D,E {widths} divided={divided!s:5} {_text(errors)}")
+        assert who != "ours" or max(errors) < TOLERANCE[dtype], (case, errors)
+    return lines
 
 
 def _known(name: str, T: int, G: int, D: int, E: int) -> Tensor:

@@ -117,6 +117,9 @@ def delta_ways(B: int, T: int, gated: bool) -> Ways:
             ways["flash-linear-attention"] = (lambda: chunk_delta_rule(q, k, v, beta)[0], leaves)
     except ImportError as missing:
         print(f"without flash-linear-attention: {missing}")
+    if why := "flash-linear-attention" in ways and refused(*ways["flash-linear-attention"]):
+        print(f"without flash-linear-attention: {why}")
+        del ways["flash-linear-attention"]
     ways[PLAIN] = (lambda: plain_delta(q, k, v, beta, g), leaves)
     return ways
 
@@ -129,6 +132,16 @@ def first_call() -> None:
     q, k, v, beta, decay = given = delta_inputs(1, 16, 2048, 128, torch.bfloat16)
     torch.autograd.grad(chunk_delta_rule(q, k, v, beta)[0], given[:4], torch.randn_like(v))
     torch.autograd.grad(chunk_gated_delta_rule(q, k, v, g=decay, beta=beta)[0], given, torch.randn_like(v))
+
+
+def refused(run: Callable[[], Tensor], leaves: list[Tensor]) -> str:
+    """Why a peer does not run here, forward and backward; empty where it does."""
+    try:
+        out = run()
+        torch.autograd.grad(out, leaves, torch.randn_like(out))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def scan_ways(B: int, T: int) -> Ways:

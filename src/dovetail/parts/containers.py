@@ -131,7 +131,9 @@ class StackModule(Drops):
                 x = checkpoint(block, x, ctx, layer, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, ctx, layer)
-        return self.finish(x)
+        # The norm's backward reads the last block's output: kept, as the input of what is checkpointed next, that
+        # block's pieces need not all be made again for it at once.
+        return checkpoint(self.finish, x, use_reentrant=False) if again else self.finish(x)  # type: ignore[return-value]
 
     def finish(self, x: Tensor) -> Tensor:
         """Behind the last block, (B,T,streams·C): the last norm and dropout."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from dovetail.kernels.gated_linear import triton_kernels
 
 FILL = 512  # programs that a walk should have
-LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower ones in bf16 read outside their memory
+LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower values in bf16 crash (Triton 3.6, sm_90)
 LEAST = 8  # chunks of a segment, at least
 STEEP = (False, True)  # each kernel is launched for either kind of chunk; a program of the other kind returns at once
 
