@@ -45,6 +45,11 @@ def without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     return torch.autocast(x.device.type, enabled=False) if x.device.type in ("cpu", "cuda") else nullcontext()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether products of x would be in autocast's type."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed, for the kernels that run on CUDA."""

@@ -46,7 +46,7 @@ def forward(
     out = like(q, H, E)
     end = q.new_empty(B, G, D, E + column, dtype=torch.float32)
     total = q.new_empty((B, H, T) if column else (0,), dtype=torch.float32)
-    states = _entered(k, v, G, gates, start, column, None, sizes, reverse=False)
+    states = entered(k, v, G, gates, start, column, None, sizes, reverse=False)
     begins = start is not None
     _walk(q, k, v, out, states, gates, sizes, column=column, total=total, least=least, end=end, begins=begins)
     return out, end, states, total
@@ -65,7 +65,7 @@ def backward(
     d_q, d_k, d_v = like(q, H, D), like(k, G, D), like(v, G, E)
     d_start = q.new_empty((B, G, D, E + row) if begins else (0, 0), dtype=torch.float32)
     _walk(d_out, v, k, d_q, states.mT, gates, sizes, row=row, weight=weight, begins=begins)
-    later = _entered(q, d_out, G, gates, d_end, row, weight, sizes, reverse=True)
+    later = entered(q, d_out, G, gates, d_end, row, weight, sizes, reverse=True)
     ends = d_end is not None
     _walk(k, q, d_out, d_v, later, gates, sizes, reverse=True, begins=ends)
     _walk(
@@ -75,7 +75,7 @@ def backward(
     return d_q, d_k, d_v, d_start
 
 
-def _entered(
+def entered(
     b: Tensor, c: Tensor, groups: int, gates: Gates, start: Tensor | None, column: int, weight: Tensor | None,
     sizes: Sizes, *, reverse: bool,
 ) -> Tensor:  # fmt: skip
@@ -130,7 +130,7 @@ def _undivided(d_out: Tensor, out: Tensor, total: Tensor, least: float) -> tuple
     with torch.cuda.device_of(out):
         kernels.undivide[(triton.cdiv(T, 32), B * H)](
             d_out, out, total, above, below, *d_out.stride()[:3], *out.stride()[:3], *above.stride()[:3], H, T, least,
-            WIDTH=E, WIDE=_padded(E), TILE=32,
+            WIDTH=E, WIDE=padded(E), TILE=32,
         )  # fmt: skip
     return above, below
 
@@ -138,22 +138,22 @@ def _undivided(d_out: Tensor, out: Tensor, total: Tensor, least: float) -> tuple
 def _common(b: Tensor, c: Tensor, gates: Gates, sizes: Sizes, reverse: bool) -> tuple[dict[str, object], int]:
     """What both kernels over tokens are compiled for, and how many programs share a state's columns."""
     D, E = b.shape[3], c.shape[3]
-    columns = min(sizes.columns if _padded(D) <= 128 else max(16, sizes.columns // 2), _padded(E))
+    columns = min(sizes.columns if padded(D) <= 128 else max(16, sizes.columns // 2), padded(E))
     return {
-        "D": D, "E": E, "WIDE": _padded(D), "COLUMNS": columns, "TILE": sizes.tile,
+        "D": D, "E": E, "WIDE": padded(D), "COLUMNS": columns, "TILE": sizes.tile,
         "REVERSE": reverse, "DECAY": gates.decay is not None, "DOCUMENTS": gates.queries is not None,
         "EVEN": b.shape[2] % sizes.tile == 0, "PRECISION": PRECISION,
-        "num_warps": sizes.warps, "num_stages": sizes.stages if _roomy(b.device) else 1,
+        "num_warps": sizes.warps, "num_stages": sizes.stages if roomy(b.device) else 1,
     }, triton.cdiv(E, columns)  # fmt: skip
 
 
 @cache
-def _roomy(device: torch.device) -> bool:
+def roomy(device: torch.device) -> bool:
     """Whether a processor's shared memory takes two tiles at a time, as it does from the H100 on."""
     return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200 * 1024
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 

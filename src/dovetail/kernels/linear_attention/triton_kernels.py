@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _tokens(at, stride, first, T, y, WIDTH: tl.constexpr, FULL: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def tokens(at, stride, first, T, y, WIDTH: tl.constexpr, FULL: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Columns y of tokens from `first` on; zeros beyond T and, unless FULL, WIDTH."""
     t = tl.arange(0, TILE)
     where = at + first.to(tl.int64) * stride + t[:, None] * stride + y[None, :]
@@ -102,8 +102,8 @@ def sums(  # type: ignore[no-untyped-def]
             beside *= through
             left *= through
         for head in range(FAN):
-            b_tile = _tokens(b + head * b_h, b_t, first, T, x, D, D == WIDE, TILE, EVEN)
-            c_tile = _tokens(c + head * c_h, c_t, first, T, y, E, E % COLUMNS == 0, TILE, EVEN)
+            b_tile = tokens(b + head * b_h, b_t, first, T, x, D, D == WIDE, TILE, EVEN)
+            c_tile = tokens(c + head * c_h, c_t, first, T, y, E, E % COLUMNS == 0, TILE, EVEN)
             if GATED:
                 b_tile = (b_tile * leave[:, None]).to(b_tile.dtype)
             state = tl.dot(tl.trans(b_tile), c_tile, acc=state, input_precision=PRECISION)
@@ -185,7 +185,7 @@ def walks(  # type: ignore[no-untyped-def]
     for step in range(tiles):
         first = span + (tiles - 1 - step if REVERSE else step) * TILE
         real = first + t < T
-        a_tile = _tokens(a, a_t, first, T, x, D, D == WIDE, TILE, EVEN)
+        a_tile = tokens(a, a_t, first, T, x, D, D == WIDE, TILE, EVEN)
         if GATED:
             enter, leave, through, pairs = _gates(decay, queries, keys, first, T, TILE, REVERSE, DECAY, DOCUMENTS)
         if a_tile.dtype == tl.float16:  # a state outgrows fp16; tf32 has its digits and fp32's range
@@ -208,8 +208,8 @@ def walks(  # type: ignore[no-untyped-def]
             if ROW:
                 below *= through
         for other in range(FAN):
-            b_tile = _tokens(b + other * b_h, b_t, first, T, x, D, D == WIDE, TILE, EVEN)
-            c_tile = _tokens(c + other * c_h, c_t, first, T, y, E, E % COLUMNS == 0, TILE, EVEN)
+            b_tile = tokens(b + other * b_h, b_t, first, T, x, D, D == WIDE, TILE, EVEN)
+            c_tile = tokens(c + other * c_h, c_t, first, T, y, E, E % COLUMNS == 0, TILE, EVEN)
             scores = tl.dot(b_tile, tl.trans(a_tile), input_precision=PRECISION)
             if ROW and not REVERSE:
                 scores += of_row[None, :]
@@ -264,8 +264,8 @@ def undivide(  # type: ignore[no-untyped-def]
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     t, y = first + tl.arange(0, TILE), tl.arange(0, WIDE)
     FULL: tl.constexpr = WIDTH == WIDE
-    given = _tokens(d_out + batch * d_b + head * d_h, d_t, first, T, y, WIDTH, FULL, TILE, False).to(tl.float32)
-    value = _tokens(out + batch * o_b + head * o_h, o_t, first, T, y, WIDTH, FULL, TILE, False).to(tl.float32)
+    given = tokens(d_out + batch * d_b + head * d_h, d_t, first, T, y, WIDTH, FULL, TILE, False).to(tl.float32)
+    value = tokens(out + batch * o_b + head * o_h, o_t, first, T, y, WIDTH, FULL, TILE, False).to(tl.float32)
     divisor = tl.load(total + row.to(tl.int64) * T + t, mask=t < T, other=1.0)
     each = 1 / tl.maximum(divisor, least)
     where = above + batch * a_b + head * a_h + t.to(tl.int64)[:, None] * a_t + y[None, :]

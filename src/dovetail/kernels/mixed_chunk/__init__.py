@@ -6,13 +6,18 @@ tokens are counted from the first token of each document, so that a document giv
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dovetail.kernels.attention import Plan
+from dovetail.kernels.chunks import autocasts, has_triton
 from dovetail.kernels.mixed_chunk import chunked, reference
 from dovetail.kernels.mixed_chunk.step import Past, after, step
+
+WIDEST = 256  # of queries and keys, of which a GPU's tiles hold whole ones; values may have any width
 
 
 class Heads(NamedTuple):
@@ -37,7 +42,7 @@ def mixed_chunk(
     past: Past | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Past | None]:
-    """(out (B,T,E) in fp32 or better, what to go on from, or None where `past` is):
+    """(out (B,T,E), what to go on from, or None where `past` is):
 
         Σ_{j near i} relu(scale · quad_q_i·quad_k_j)² v_j / chunk  +  1/n_i Σ_{j across} (lin_q_i·lin_k_j) v_j
 
@@ -46,26 +51,65 @@ def mixed_chunk(
 
     order (B|1,T): real tokens of the same document before each. segments (B|1,T): documents, negative for padding; they
     may be interleaved where not causal. plain: a static promise that order is 0..T-1 and segments is None. past: causal
-    rows go on from it; then segments may only tell padding. dropout: on the weights inside chunks.
+    rows go on from it; then segments may only tell padding. dropout: on the weights inside chunks. Everything is summed
+    in fp32 or better, in which `out` is; the Triton form gives it in the type of its products, the widest of the inputs'
+    or, under autocast, v's.
     """
     assert past is None or causal, "only causal rows go on"
     if v.shape[1] == 1 and past is not None and not plain:
         return step(*heads, v, past, order, segments, chunk, scale)
-    if plain:
+    dtype = v.dtype if autocasts(v) else reduce(torch.promote_types, (t.dtype for t in (*heads, v)))
+    chosen = plan(
+        v.shape[1], chunk=chunk, causal=causal, segments=not plain, state=past is not None, device=v.device.type,
+        width=heads.quad_q.shape[2], dtype=dtype, dropout=dropout > 0,
+    )  # fmt: skip
+    if chosen.path == "triton":
+        from dovetail.kernels.mixed_chunk import triton
+
+        out = triton.mixed_chunk(heads, v, chunk, causal, scale, order, segments, plain, dtype)
+    elif plain:
         out = chunked.plain(*heads, v, chunk, causal, scale, dropout)
     else:
         out = chunked.ragged(*heads, v, chunk, causal, scale, order, segments, past, dropout)
     return out, None if past is None else after(heads.quad_k, heads.lin_k, v, past, order, segments, chunk)
 
 
-def plan(tokens: int, *, chunk: int, causal: bool, segments: bool, state: bool) -> Plan:
-    """tokens: at once. segments: whether rows are padded or packed. state: whether decoding."""
+def plan(
+    tokens: int,
+    *,
+    chunk: int,
+    causal: bool,
+    segments: bool,
+    state: bool,
+    device: str = "cpu",
+    width: int = 0,
+    dtype: torch.dtype = torch.float32,
+    dropout: bool = False,
+) -> Plan:
+    """tokens: at once. segments: whether rows are padded or packed, or go on. state: whether decoding. width: of queries
+    and keys. dtype: of the products. dropout: whether weights are dropped."""
     if state and tokens == 1:
         return Plan("recurrent", "one token: its own chunk's keys, and one product with the matrix of the earlier ones")
+    fits = device == "cuda" and width <= WIDEST and dtype != torch.float64 and has_triton()
+    torch_only = _torch_only(causal, segments, state, dropout)
+    if fits and not torch_only:
+        return Plan("triton", f"on CUDA: chunks of {chunk} side by side, their weights in registers")
+    note = f"; {torch_only}, which the Triton form has not" if fits else ""
     if segments:
-        return Plan("chunked", f"chunks of {chunk} begin with documents: tiles of so many, each beside its neighbours")
+        return Plan(
+            "chunked", f"chunks of {chunk} begin with documents: tiles of so many, each beside its neighbours{note}"
+        )
     how = "a sum of matrices from chunk to chunk" if causal else "one matrix of all chunks"
-    return Plan("chunked", f"products inside chunks of {chunk}, {how}")
+    return Plan("chunked", f"products inside chunks of {chunk}, {how}{note}")
+
+
+def _torch_only(causal: bool, segments: bool, state: bool, dropout: bool) -> str:
+    """What of a call only the torch form does."""
+    if dropout:
+        return "dropout"
+    if segments and state:
+        return "rows that go on from a state"
+    return "documents both ways" if segments and not causal else ""
 
 
 __all__ = ["Heads", "Past", "mixed_chunk", "plan", "reference"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dovetail.kernels.attention import BoundMask, Coords, Side
+from dovetail.kernels.attention import BoundMask, Coords, Side, Span
+from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.linear_attention import linear_attention
 from dovetail.kernels.mixed_chunk.step import Earlier, Past, stored
 from dovetail.kernels.squared_relu import squared_relu
@@ -39,6 +40,9 @@ class Near:
     def is_causal(self) -> bool:
         return False
 
+    def span(self) -> Span | None:
+        return None
+
 
 def plain(
     quad_q: Tensor,
@@ -53,7 +57,7 @@ def plain(
 ) -> Tensor:
     """(B,T,E) of rows that are one document each, from its first token on, without padding."""
     T, full, size = v.shape[1], torch.promote_types(v.dtype, torch.float32), min(chunk, v.shape[1])
-    wide = v.dtype if torch.is_autocast_enabled(v.device.type) else full  # autocast would round its products again
+    wide = v.dtype if autocasts(v) else full  # autocast would round its products again
     tiles = [_tiles(t, size) for t in (quad_q, quad_k, lin_q, lin_k, v)]
     q, k, lin_q, lin_k, v = tiles  # zeros behind the last token have no value and no key
     mask = None

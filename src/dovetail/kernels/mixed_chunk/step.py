@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dovetail.kernels.attention import BoundMask, Coords, Side
+from dovetail.kernels.attention import BoundMask, Coords, Side, Span
 from dovetail.kernels.squared_relu import squared_relu
 
 
@@ -32,6 +32,9 @@ class Earlier:
 
     def is_causal(self) -> bool:
         return True
+
+    def span(self) -> Span | None:
+        return Span(after=0)
 
 
 def step(

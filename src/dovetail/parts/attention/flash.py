@@ -101,9 +101,12 @@ class FlashModule(GatedModule):
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which form would run each use of this layer, and why."""
-        asked = {"chunk": self.chunk, "causal": self.causal}
-        uses = {
-            "training, prefill": plan(length, **asked, segments=False, state=False),
-            "padded or packed": plan(length, **asked, segments=True, state=False),
-        }
-        return uses | {"decoding": plan(1, **asked, segments=False, state=True)} if self.causal else uses
+
+        def chosen(tokens: int, segments: bool, state: bool = False) -> Plan:
+            return plan(
+                tokens, chunk=self.chunk, causal=self.causal, segments=segments, state=state, device=device,
+                width=self.head_dim, dtype=self.out.dtype, dropout=self.dropout > 0 and not state,
+            )  # fmt: skip
+
+        uses = {"training, prefill": chosen(length, False), "padded or packed": chosen(length, True)}
+        return uses | {"decoding": chosen(1, False, True)} if self.causal else uses
