@@ -1,4 +1,4 @@
-"""The HiPPO-LegS recurrence with matrices equals its plain twin: outputs, gradients, numbers of all sorts."""
+"""The HiPPO-LegS recurrence in chunks equals its plain twin: outputs, gradients, numbers of all sorts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rows(B: int, T: int, H: int, N: int, dtype: torch.dtype) -> list[Tensor]:
 
 def twin(given: Tensor, told: Tensor, recall: Tensor) -> Tensor:
     B, T, _ = given.shape
-    number = torch.arange(T).expand(B, T)
+    number = torch.arange(T, device=given.device).expand(B, T)
     start = [given.new_zeros(B, n) for n in (told.shape[1], recall.shape[1])]
     return legs.reference.recurrence(given, told, recall, number, None, *start)[0]
 
@@ -52,6 +52,23 @@ def test_fp32_is_as_near_to_fp64_as_the_twin() -> None:
         assert ours <= max(2 * theirs, 1e-5)
 
 
+def test_the_walk_on_the_device_or_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two whole chunks and a part of one, a hidden vector that is no power of two."""
+    pytest.importorskip("triton")
+    from dovetail.kernels.legs_recurrence import triton
+
+    monkeypatch.setattr(legs, "_walk", lambda x: triton)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    exact = rows(2, 37, 5, 7, torch.float64)
+    near = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
+    ours, theirs = legs.recurrence(*near), twin(*exact)
+    weight = torch.randn_like(theirs)
+    want = [theirs, *torch.autograd.grad((theirs * weight).sum(), exact)]
+    found = [ours, *torch.autograd.grad((ours * weight.to(ours)).sum(), near)]
+    for one, other in zip(found, want, strict=True):
+        assert (one.cpu().double() - other).abs().max() <= 1e-5 * other.abs().max()
+
+
 def test_plans() -> None:
-    assert legs.plan(784, 512, plain=True).path == "matrices"
+    assert legs.plan(784, 512, plain=True).path == "chunks"
     assert legs.plan(2000, 512, plain=True).path == legs.plan(8, 8, plain=False).path == "step by step"

@@ -68,11 +68,25 @@ def test_a_state_that_forgets_at_once_stays_exact_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 128, 129, 300])
-def test_convolution(length: int) -> None:
-    """Direct and by transforms."""
+@pytest.mark.parametrize("run", [ssm_convolution.transforms, ssm_convolution.products.convolve])
+def test_convolution(length: int, run: Any) -> None:
+    """By transforms and by products."""
     given = [random(2, length, 3).requires_grad_(), random(3, length).requires_grad_()]
-    same([ssm_convolution.convolve(*given)], [ssm_convolution.reference.convolve(*given)], given)
-    assert ssm_convolution.plan(length).path == ("direct" if length <= 128 else "fft")
+    same([run(*given)], [ssm_convolution.reference.convolve(*given)], given)
+
+
+def test_plan_of_convolutions() -> None:
+    paths = [ssm_convolution.plan(*given).path for given in ((128, "cpu"), (129, "cpu"), (784, "cuda"), (2000, "cuda"))]
+    assert paths == ["products", "fft", "products", "fft"]
+
+
+def test_products_in_fp32_take_nothing_from_the_future() -> None:
+    """Three blocks and a part of one; nearer to fp64 than 1e-6 of the largest."""
+    x, kernel = torch.randn(3, 391, 2), torch.randn(2, 391)
+    y, later = (ssm_convolution.products.convolve(t, kernel) for t in (x, torch.cat([x[:, :200], -x[:, 200:]], 1)))
+    assert torch.equal(y[:, :200], later[:, :200]) and not torch.equal(y, later)
+    exact = ssm_convolution.reference.convolve(x.double(), kernel.double())
+    assert (y.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 def test_the_reference_convolution_is_the_sum() -> None:
@@ -122,23 +136,3 @@ def test_dense_scan(length: int, padded: bool) -> None:
     ]
     real = torch.rand(2, length) < 0.7 if padded else None
     same(dense_scan(*given, real), ssm_convolution.reference.dense_scan(*given, real), given)
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 64])
-def test_dplr_kernel_is_that_of_the_dense_matrix(length: int) -> None:
-    """Of both halves, discretised as it is defined, and cut at `length` by C (I - Ā^length)."""
-    D, M = 2, 3
-    eigen = torch.complex(-random(D, M).exp(), random(D, M))
-    p, b, c = (random(D, M, complex=True) for _ in range(3))
-    dt = random(D).exp() / 4
-    whole = [torch.cat([t, t.conj()], 1) for t in (eigen, p, b, c)]
-    a = torch.diag_embed(whole[0]) - whole[1][..., None] * whole[1].conj()[:, None]
-    eye = torch.eye(2 * M, dtype=a.dtype)
-    half = dt[:, None, None] / 2 * a
-    step = torch.linalg.solve(eye - half, eye + half)
-    moved = torch.linalg.solve(eye - half, dt[:, None, None] * whole[2][..., None])[..., 0]
-    theirs = ssm_convolution.reference.dense_kernel(step, moved, whole[3], length).real
-    cut = torch.einsum("dn,dnm->dm", whole[3], eye - torch.matrix_power(step, length))[:, :M]
-    given = leaves(eigen, p, b, cut, dt)
-    torch.testing.assert_close(ssm_convolution.dplr_kernel(*given, length), theirs, rtol=1e-9, atol=1e-9)
-    assert torch.autograd.gradcheck(lambda *t: ssm_convolution.dplr_kernel(*t, length), given, fast_mode=True)

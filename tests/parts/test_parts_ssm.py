@@ -112,6 +112,19 @@ def test_convolution_scan_and_steps_agree_in_fp32(kind: str) -> None:
         assert (stepped(module, x, chunks) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
+@torch.no_grad()
+def test_a_state_keeps_the_law_that_it_goes_by() -> None:
+    """Discretised once: later changes of the weights of A, B and dt are not seen, in snapshots neither."""
+    module, x = make("mixer", {"kind": "s4"}, dim=4), torch.randn(1, 3, 4)
+    states = [module.new_state(Room(1, 3, x.device, x.dtype)) for _ in range(2)]
+    states[1] = states[1].snapshot()
+    whole = module(x, plain(x))
+    module.log_dt.add_(1.0)
+    assert not torch.allclose(module(x, plain(x)), whole)
+    for state in states:
+        torch.testing.assert_close(torch.cat([module(t, plain(t), state) for t in x.split(1, 1)], 1), whole)
+
+
 @pytest.mark.parametrize("kind", ["s4d", "s4", "lssl"])
 def test_long_packed_rows_are_convolved_by_document(kind: str) -> None:
     """Beyond the direct products: transforms of each document, gradients too."""

@@ -1,9 +1,9 @@
-"""The HiPPO-LegS recurrence over whole rows: few, large operations a token, and a backward that adds up weights once.
+"""The HiPPO-LegS recurrence over whole rows, in chunks: large products between them, and inside a walk of what is small.
 
-At 784 tokens what counts on a GPU is how many operations a token starts. The twin starts about a hundred forward (its
-substitution doubles along the coefficients) and twice that backward; here it is six and five. The memory's step is a
-product with its matrix, made once for each number of a token, and what the weights' gradients need is kept for one
-product over all tokens.
+The twin starts about a hundred operations a token (its substitution doubles along the coefficients) and twice that
+backward. But the memory is linear in the samples f: inside a chunk it is known, save for the chunk's own samples, from
+the memory before it, by one product with matrices made once; what it tells the hidden vector is then one product too.
+Left to walk token by token are one number and one hidden vector a row, and the samples of the chunk so far.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.legs_recurrence import reference
+from dovetail.kernels.chunks import has_triton
+from dovetail.kernels.legs_recurrence import reference, walk
 
+CHUNK = 16  # tokens: products of all rows' chunks fill a GPU, and what is read for the walk grows with it
 ENTRIES = 2**28  # of all matrices together: 1 GB in fp32
 
 
@@ -27,77 +30,97 @@ def recurrence(given: Tensor, told: Tensor, recall: Tensor) -> Tensor:
     given (B,T,1 + 2H): e, x and y of each token. told (1,H): u. recall (2H,N): R over Q. All of one dtype, fp32 or
     wider; once differentiable.
     """
-    return _Recurrence.apply(given, told, recall, matrices(given.shape[1], recall.shape[1], given.dtype, given.device))
+    chunks = -(-given.shape[1] // CHUNK)
+    return _Recurrence.apply(given, told, recall, matrices(chunks, recall.shape[1], given.dtype, given.device))
 
 
-def plan(length: int, order: int, *, plain: bool) -> Plan:
+def plan(length: int, order: int, *, plain: bool, device: str = "cpu") -> Plan:
     """The path of rows of `length` tokens with a memory of `order`. plain: from zero, neither padded nor packed."""
     if not plain:
         return Plan("step by step", "a state, padding or documents: every row counts its own tokens")
-    if length * order * (order + 1) > ENTRIES:
+    if length * order * (order + CHUNK) > ENTRIES:
         return Plan("step by step", f"matrices of {length} tokens are more than {ENTRIES:,} entries")
-    return Plan("matrices", "one product a token for the memory, weights' gradients by one product over all")
+    inside = "one Triton kernel a chunk" if device == "cuda" and has_triton() else "a few small operations a token"
+    return Plan("chunks", f"the memory of {CHUNK} tokens by one product; {inside}")
 
 
 @lru_cache(maxsize=2)
-def matrices(length: int, order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(T,N+1,N): (c, f) times the t-th is the memory after token t. Made in fp64 by the twin's own step."""
-    out = torch.empty(length, order + 1, order, dtype=dtype, device=device)
+def matrices(chunks: int, order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(K,N + L,L,N): (c before chunk k, its L samples) times the k-th is the memory after each of its tokens.
+
+    Samples that a token has not seen yet have zeros. Made in fp64 by the twin's own step.
+    """
+    out = torch.empty(chunks, order + CHUNK, CHUNK, order, dtype=dtype, device=device)
     wide = {"dtype": torch.float64, "device": device}
-    each = torch.eye(order + 1, **wide)
+    eye = torch.eye(order + CHUNK, **wide)
     with torch.no_grad():
-        for t in range(length):
-            number = torch.full((order + 1,), t, device=device)
-            out[t] = reference.remembered(each[:, :order].clone(), each[:, order:], number)
+        for k in range(chunks):
+            c = eye[:, :order]
+            for i in range(CHUNK):
+                number = torch.full((len(eye),), k * CHUNK + i, device=device)
+                c = reference.remembered(c, eye[:, order + i, None], number)
+                out[k, :, i] = c
     return out
 
 
+def _walk(x: Tensor) -> Any:
+    """The module that walks inside a chunk."""
+    if x.is_cuda and x.dtype == torch.float32 and has_triton():
+        from dovetail.kernels.legs_recurrence import triton
+
+        return triton
+    return walk
+
+
+def _cut(x: Tensor, chunks: int) -> Tensor:
+    """(B,T,C) -> (K,B,L,C), memory of its own, zeros behind the last token."""
+    missing = chunks * CHUNK - x.shape[1]
+    x = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return x.unflatten(1, (chunks, CHUNK)).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
 class _Recurrence(torch.autograd.Function):
-    """Buffers are (T,B,...), so that a token's part is one piece of memory."""
+    """Buffers are (K,B,L,...): a chunk is one piece of memory, as (B,L·N) and as (B·L,N)."""
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, told: Tensor, recall: Tensor, matrix: Tensor) -> Tensor:
-        B, T, _ = given.shape
-        H, N = told.shape[1], recall.shape[1]
-        e, z = (
-            part.transpose(0, 1).clone(memory_format=torch.contiguous_format) for part in given.split([1, 2 * H], -1)
-        )
-        memory = given.new_zeros(T + 1, B, N + 1)  # of token t: c before it, and its f
-        h = given.new_zeros(T + 1, B, H)  # before token t
-        c, f = memory[..., :N].unbind(), memory[..., N:].unbind()
-        hs, cs, u, r = h.unbind(), memory.unbind(), told.T, recall.T
-        for t, (row, step) in enumerate(zip(z.unbind(), matrix.unbind(), strict=True)):
-            torch.addmm(e[t], hs[t], u, out=f[t])
-            torch.mm(cs[t], step, out=c[t + 1])
-            row.addmm_(c[t + 1], r)
-            a, g = row.split(H, -1)
-            torch.lerp(hs[t], a.tanh_(), g.sigmoid_(), out=hs[t + 1])
-        ctx.save_for_backward(memory, h, z, told, recall, matrix)
-        return h[1:].transpose(0, 1)
+    def forward(ctx: Any, given: Tensor, told: Tensor, recall: Tensor, table: Tensor) -> Tensor:
+        (B, T, _), H, (K, _, L, N) = given.shape, told.shape[1], table.shape
+        e, z = (_cut(part, K) for part in given.split([1, 2 * H], -1))  # z: (x, y), and from the walk on (tanh, g)
+        own = table[:, N:]  # of a chunk's own samples
+        answers = (own.flatten(0, 2) @ recall.T).view(K, L, L, 2 * H)  # what sample j adds to z of token i, [j, i]
+        memory, h, f = (given.new_empty(K, B, L, *n) for n in ((N,), (H,), ()))
+        c, last, inside = given.new_zeros(B, N), given.new_zeros(B, H), _walk(given)
+        for k in range(K):
+            kept = memory[k].flatten(1)
+            torch.mm(c, table[k, :N].flatten(1), out=kept)
+            said = torch.addmm(z[k].flatten(0, 1), memory[k].flatten(0, 1), recall.T).view_as(z[k])
+            inside.forward(e[k, ..., 0], said, answers[k], told, last, f[k], z[k], h[k])
+            kept.addmm_(f[k], own[k].flatten(1))
+            c, last = memory[k, :, -1], h[k, :, -1]
+        ctx.save_for_backward(memory, h, z, answers, told, recall, table)
+        ctx.length = T
+        return h.transpose(0, 1).flatten(1, 2)[:, :T]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        memory, h, z, told, recall, matrix = ctx.saved_tensors
-        T, B, H = z.shape[0], z.shape[1], told.shape[1]
-        N = recall.shape[1]
-        a, g = z.split(H, -1)
-        dz = torch.cat([g * (1 - a * a), (a - h[:-1]) * g * (1 - g)], -1)  # of dh, and from then on of z itself
-        kept = (1 - g).unbind()
-        d_memory = torch.empty_like(memory[:-1])
-        dys, rows, backs, ds = dy.transpose(0, 1).unbind(), dz.unbind(), matrix.mT.unbind(), d_memory.unbind()
-        dh, dc = dys[T - 1], torch.zeros_like(memory[0, :, :N])
-        for t in range(T - 1, -1, -1):
-            rows[t].view(B, 2, H).mul_(dh[:, None])
-            torch.mm(torch.addmm(dc, rows[t], recall), backs[t], out=ds[t])
-            if t:
-                dc, df = ds[t].split([N, 1], -1)
-                dh = torch.addcmul(dys[t - 1], dh, kept[t]).addmm_(df, told)
-        df, flat = d_memory[..., N:], dz.flatten(0, 1)
-        d_given = torch.cat([df, dz], -1).transpose(0, 1)
-        d_told = df.flatten(0, 1).T @ h[:-1].flatten(0, 1)
-        d_recall = flat.T @ memory[1:, :, :N].flatten(0, 1)
-        return d_given, d_told, d_recall, None
+        memory, h, z, answers, told, recall, table = ctx.saved_tensors
+        (K, B, L, N), H = memory.shape, told.shape[1]
+        before = torch.cat([torch.zeros_like(h[:, :, :1]), h[:, :, :-1]], 2)  # h before each token
+        before[1:, :, 0] = h[:-1, :, -1]
+        dy, df, dz, inside = _cut(dy, K), memory.new_empty(K, B, L), torch.empty_like(z), _walk(z)
+        dh, dc, d_memory = torch.zeros_like(h[0, :, 0]), torch.zeros_like(memory[0, :, 0]), torch.empty_like(memory[0])
+        for k in range(K - 1, -1, -1):
+            later = dc @ table[k, N:, -1].T
+            dh = inside.backward(dh, later, dy[k], z[k], before[k], answers[k], told, df[k], dz[k])
+            torch.mm(dz[k].flatten(0, 1), recall, out=d_memory.flatten(0, 1))
+            d_memory[:, -1] += dc
+            dc = d_memory.flatten(1) @ table[k, :N].flatten(1).T
+        d_given = memory.new_empty(B, K, L, 1 + 2 * H)
+        d_given[..., 0], d_given[..., 1:] = df.transpose(0, 1), dz.transpose(0, 1)
+        d_told = (df.flatten() @ before.flatten(0, 2))[None]
+        d_recall = dz.flatten(0, 2).T @ memory.flatten(0, 2)
+        return d_given.flatten(1, 2)[:, : ctx.length], d_told, d_recall, None
 
 
 __all__ = ["matrices", "plan", "recurrence", "reference"]

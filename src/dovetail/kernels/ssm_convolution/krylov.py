@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -30,11 +28,19 @@ def krylov(a: Tensor, b: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_kernel(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
-    """c a^t b, t = 0..length-1, (D,length), for a (D,N,N), b and c (D,N): t = step·i + j, c a^(step i) times a^j b."""
-    step = math.isqrt(max(1, length - 1)) + 1
-    right, stride = krylov(a, b, step)
-    left, _ = krylov(stride.mT, c, -(-length // step))
-    return (left.mT @ right).flatten(1)[:, :length]
+    """c a^t b, t = 0..length-1, (D,length), for a (D,N,N), b and c (D,N): t = step·i + j, c a^(step i) times a^j b.
+
+    log₂ rounds: each squares a, and doubles one side.
+    """
+    right, left = b[..., None], c[:, None]  # (D,N,j), (D,i,N)
+    rounds = (length - 1).bit_length()
+    for i in range(rounds):
+        a = a @ a if i else a  # a^(2^i)
+        if i < (rounds + 1) // 2:
+            right = torch.cat([right, a @ right], -1)
+        else:
+            left = torch.cat([left, left @ a], 1)
+    return (left @ right).flatten(1)[:, :length]
 
 
 def dense_scan(

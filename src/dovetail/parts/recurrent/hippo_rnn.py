@@ -29,9 +29,9 @@ class HippoRnn(Spec):
     """h = (1 - g)·h + g·tanh(W [x, c] + b), g = σ(V [x, c] + d), c the LegS coefficients of f = u·[x, h] + e so far.
 
     One function f of time is remembered, all of it at every time, by the bilinear rule at the token's number in its
-    document; it runs token by token, on plain rows with a matrix for each number (`kernels.legs_recurrence`). hidden:
-    width of h; the stream's width unless given, and where it is not, a linear map `out` follows. order: coefficients;
-    hidden unless given.
+    document; it runs token by token, on plain rows in chunks with matrices for their numbers
+    (`kernels.legs_recurrence`). hidden: width of h; the stream's width unless given, and where it is not, a linear map
+    `out` follows. order: coefficients; hidden unless given.
     """
 
     hidden: Count | None = None
@@ -81,7 +81,7 @@ class HippoRnnModule(nn.Module):
         with without_autocast(x):
             told, recall = self.told.matrix().to(wide), self.recall.matrix().to(wide)
             plain = state is None and ctx.aligned and not torch.compiler.is_compiling()
-            if legs.plan(T, self.order, plain=plain).path == "matrices":
+            if legs.plan(T, self.order, plain=plain).path == "chunks":
                 y = legs.recurrence(given, told, recall)
             else:
                 real = None if ctx.segments is None else (ctx.segments >= 0).expand(B, T)
@@ -95,5 +95,5 @@ class HippoRnnModule(nn.Module):
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which path each use of this layer takes, and why."""
-        step = legs.plan(length, self.order, plain=False)
-        return {"training": legs.plan(length, self.order, plain=True), "padded or packed": step, "decoding": step}
+        step, whole = (legs.plan(length, self.order, plain=p, device=device) for p in (False, True))
+        return {"training": whole, "padded or packed": step, "decoding": step}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dovetail.kernels.ssm_convolution import dplr_kernel
-from dovetail.kernels.ssm_convolution.krylov import dense_kernel, dense_scan
+from dovetail.kernels.ssm_convolution import dense_kernel
+from dovetail.kernels.ssm_convolution.krylov import dense_scan
 from dovetail.parts.recurrent.hippo import diagonalised, transition
-from dovetail.parts.recurrent.state_space import COMPLEX, StateSpace, StateSpaceModule, check_even
+from dovetail.parts.recurrent.state_space import StateSpace, StateSpaceModule, check_even
 from dovetail.parts.weights import Rng
 from dovetail.spec import Slot, register
 
@@ -28,9 +29,10 @@ from dovetail.spec import Slot, register
 class S4(StateSpace):
     """y = C h + D x, h' = (Λ - p p*) h + B x a channel, by the bilinear rule: N/2 conjugate pairs.
 
-    start: HiPPO-LegS ("legs"), or its waves over a window ("fourier", Gu et al. 2022c). The convolution's kernel comes by
-    Woodbury's identity and Cauchy sums from C (I - Ā^T); unlike the released code C itself is the parameter, so that
-    rows of every length, and steps, are one system. Real parts of Λ are kept as logarithms of their negatives.
+    start: HiPPO-LegS ("legs"), or its waves over a window ("fourier", Gu et al. 2022c). Unlike in the released code, C
+    itself is the parameter and not C (I - Ā^T), so that rows of every length, and steps, are one system. What that asks
+    for anyway, log₂ T squarings of Ā, gives the convolution's kernel by two products: the paper's Cauchy sums, which
+    need N·T numbers a channel instead of N·√T, are not run. Real parts of Λ are kept as logarithms of their negatives.
     """
 
     start: Literal["legs", "fourier"] = "legs"
@@ -47,11 +49,13 @@ class DenseModule(StateSpaceModule):
         raise NotImplementedError
 
     def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
-        a, b, c = (t.to(dtype) for t in self.law())
-        return dense_kernel(a, b, c, length)
+        return dense_kernel(*self.law(), length).to(dtype)  # powers in fp64: errors double with each squaring
 
-    def scan(self, x: Tensor, start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        a, b, c = (t.to(x.dtype) for t in self.law())
+    def stepping(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(t.to(dtype) for t in self.law())
+
+    def scan(self, x: Tensor, law: Sequence[Tensor], start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        a, b, c = law
         return dense_scan(x, a, b, c, start, real)
 
 
@@ -94,17 +98,6 @@ class S4Module(DenseModule):
         step = 2 * (diagonal - (share * u)[..., None] * v[:, None]) - eye
         c = 2 * cat([self.C[..., 0], -self.C[..., 1]], 1).double()
         return step, dt * (rb - share * u * (v * b).sum(1, keepdim=True)), c
-
-    def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
-        step, _, c = self.law()
-        cut = c - torch.einsum("dn,dnm->dm", c, torch.matrix_power(step, length))
-        half = self.order // 2
-        eigen = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
-        p, b = (torch.view_as_complex(t.double()) for t in (self.P, self.B))
-        cut = torch.complex(cut[:, :half], -cut[:, half:]) / 2
-        kind = COMPLEX[dtype]
-        eigen, p, b, cut = (t.to(kind) for t in (eigen, p, b, cut))
-        return dplr_kernel(eigen, p, b, cut, self.log_dt.double().exp().to(dtype), length)
 
 
 @register(

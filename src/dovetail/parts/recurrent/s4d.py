@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -76,10 +77,12 @@ class S4dModule(StateSpaceModule):
         exponent, _, weight = self.law()
         return diagonal_kernel(weight.to(COMPLEX[dtype]), exponent, length)
 
-    def scan(self, x: Tensor, start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        _, decay, weight = self.law()
-        kind = COMPLEX[x.dtype]
-        y, end = diagonal_scan(x, decay.to(kind), weight.to(kind), torch.view_as_complex(start), real)
+    def stepping(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(t.to(COMPLEX[dtype]) for t in self.law()[1:])
+
+    def scan(self, x: Tensor, law: Sequence[Tensor], start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        decay, weight = law
+        y, end = diagonal_scan(x, decay, weight, torch.view_as_complex(start), real)
         return y, torch.view_as_real(end)
 
     def sizes(self) -> tuple[int, ...]:

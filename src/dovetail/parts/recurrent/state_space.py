@@ -7,6 +7,7 @@ and put back (their number is data, so that path waits for the device). With a s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,10 +71,19 @@ class StateSpaceModule(nn.Module):
         self.D.normal_(generator=rng("D"))
 
     def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
-        """The response to a single 1, (H,length)."""
+        """What h answers to a single 1, (H,length)."""
         raise NotImplementedError
 
-    def scan(self, x: Tensor, start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    def response(self, length: int, dtype: torch.dtype) -> Tensor:
+        """`kernel`, and D at its head: so D x needs no passes over x of its own."""
+        kernel = self.kernel(length, dtype)
+        return torch.cat([kernel[:, :1] + self.D.to(dtype)[:, None], kernel[:, 1:]], 1)
+
+    def stepping(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `scan` goes by, for x of this dtype."""
+        raise NotImplementedError
+
+    def scan(self, x: Tensor, law: Sequence[Tensor], start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(C h (B,T,H), last h) of x (B,T,H) behind `start`; real (B,T): false for padding."""
         raise NotImplementedError
 
@@ -81,16 +91,18 @@ class StateSpaceModule(nn.Module):
         """The shape of one row's h."""
         return (self.channels, self.order)
 
-    def new_state(self, room: Room) -> VectorState:
+    @torch.no_grad()
+    def new_state(self, room: Room) -> LawState:
         """h (B,H,N), or its real and imaginary parts, in fp32 or better."""
         wide = torch.promote_types(room.dtype, torch.float32)
-        return VectorState(h=torch.zeros(room.batch, *self.sizes(), dtype=wide, device=room.device))
+        h = torch.zeros(room.batch, *self.sizes(), dtype=wide, device=room.device)
+        return LawState(self.stepping(wide), h=h)
 
     def forward(
         self,
         x: Tensor,
         ctx: Context,
-        state: VectorState | None = None,
+        state: LawState | None = None,
         *,
         keys: Tensor | None = None,
         values: Tensor | None = None,
@@ -101,23 +113,35 @@ class StateSpaceModule(nn.Module):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
             if state is not None:
                 borders = Borders.of(ctx, len(x))
-                y, end = self.scan(u, state["h"], None if borders is None else borders.real)
+                y, end = self.scan(u, state.law, state["h"], None if borders is None else borders.real)
                 state.update(h=end)
+                y = y + u * self.D.to(u.dtype)
             elif ctx.segments is None:
-                y = convolve(u, self.kernel(x.shape[1], u.dtype))
+                y = convolve(u, self.response(x.shape[1], u.dtype))
             else:
                 segments = ctx.segments
                 cut: Documents = ctx.once("documents side by side", lambda: Documents.of(segments.expand(x.shape[:2])))
-                y = cut.back(convolve(cut.apart(u), self.kernel(cut.at.shape[1], u.dtype)), u)
-            y = y + u * self.D.to(u.dtype)
+                y = cut.back(convolve(cut.apart(u), self.response(cut.at.shape[1], u.dtype)), u)
         return F.glu(self.out(self.activation(y.to(x.dtype))), -1)
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which path each use of this layer takes, and why."""
         step = Plan("step", "one token: one update of the state")
         scan = Plan("scan", "a state behind the row: the recurrence in chunks")
-        apart = Plan(plan(length).path, "documents side by side, each convolved by itself")
-        return {"training": plan(length), "padded or packed": apart, "prefill": scan, "decoding": step}
+        whole = plan(length, device)
+        apart = Plan(whole.path, "documents side by side, each convolved by itself")
+        return {"training": whole, "padded or packed": apart, "prefill": scan, "decoding": step}
+
+
+class LawState(VectorState):
+    """h (B,...), and the law that it goes by: discretised once, with the weights as they were then."""
+
+    def __init__(self, law: tuple[Tensor, ...], **tensors: Tensor):
+        super().__init__(**tensors)
+        self.law = law
+
+    def snapshot(self) -> LawState:
+        return LawState(self.law, **{name: t.clone() for name, t in self.tensors.items()})
 
 
 @dataclass(frozen=True)
