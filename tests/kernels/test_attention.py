@@ -319,6 +319,9 @@ def test_bands_compile_whole_and_nest_in_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(a, b) for a, b in zip(pool.map(lambda x: step(*x), many), alone, strict=True))
     torch.library.opcheck(bands._attend, (*(t.detach() for t in qkv), None, None, True, 0.3))
+    lone = [t.detach()[:1].transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]  # as a projection gives it
+    known = ("test_schema", "test_faketensor")
+    torch.library.opcheck(bands._backward, (lone[0], *lone, None, None, True, 0.3), test_utils=known)
 
 
 def test_dropout_keeps_the_mean() -> None:

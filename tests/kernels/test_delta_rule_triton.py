@@ -1,15 +1,9 @@
-"""The delta rule's Triton kernels against the plain twin in fp64: in Triton's interpreter here, on a device where there is one.
-
-Run as a program (by a test, with TRITON_INTERPRET=1: the interpreter is chosen when kernels are first defined) it makes
-the checks on a CPU.
-"""
+"""The delta rule's Triton kernels against the plain twin in fp64: on a device where there is one, else interpreted."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +12,8 @@ from torch.nn import functional as F
 
 from dovetail.kernels.delta_rule import delta_rule, plan, reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 CASES = [
     # B, H, T, D, Dv, gated, packed, token by token
     (1, 2, 150, 5, 20, True, True, True),
@@ -70,26 +66,38 @@ def compare(inputs: list[Tensor], gated: bool, reset: Tensor | None, tolerance: 
         same(grads, twin, tolerance)
 
 
-def check(device: str) -> None:
+@needs_triton
+@pytest.mark.parametrize(("B", "H", "T", "D", "Dv", "gated", "packed", "turned"), CASES)
+def test_equals_the_twin(B: int, H: int, T: int, D: int, Dv: int, gated: bool, packed: bool, turned: bool) -> None:
+    reset = torch.rand(B, T, device=DEVICE) < 0.05 if packed else None
+    compare(given(B, H, T, D, Dv, DEVICE, turned), gated, reset, 1e-5, each=T == 70)
+
+
+@needs_triton
+def test_one_key_written_over_and_tokens_that_forget_everything() -> None:
+    """The key each time beyond its value, where powers of A would overflow; then some tokens that hardly forget."""
+    q, k, v, beta, decay, start = given(1, 1, 128, 8, 8, DEVICE)
+    compare([q, k[:, :, :1].expand_as(k), v, torch.full_like(beta, 2.0), decay, start], False, None, 1e-4)
+    decay = torch.where(torch.arange(128, device=DEVICE) % 20 == 7, -1e4, -1e-3).view(1, 1, -1)
+    compare([q, k, v, beta, decay, start], True, None, 1e-5)
+
+
+@needs_triton
+def test_narrow_types() -> None:
+    q, k, v, *rest = given(1, 1, 70, 16, 16, DEVICE)
+    half, tolerance = (
+        (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float16, 5e-3)
+    )  # the interpreter multiplies bf16 as integers
+    compare([q.to(half), k.to(half), v.to(half), *rest], True, None, tolerance)
+
+
+@needs_triton
+def test_the_operator_as_torch_sees_it() -> None:
+    """Its own check of it, and whole in a compiled graph."""
     from dovetail.kernels.delta_rule import triton as kernels
 
-    for B, H, T, D, Dv, gated, packed, turned in CASES:
-        reset = torch.rand(B, T, device=device) < 0.05 if packed else None
-        compare(given(B, H, T, D, Dv, device, turned), gated, reset, 1e-5, each=T == 70)
-    # one key again and again, each time written over beyond its value: powers of A would overflow
-    q, k, v, beta, decay, start = given(1, 1, 128, 8, 8, device)
-    compare([q, k[:, :, :1].expand_as(k), v, torch.full_like(beta, 2.0), decay, start], False, None, 1e-4)
-    # tokens that forget everything among such that hardly forget
-    decay = torch.where(torch.arange(128, device=device) % 20 == 7, -1e4, -1e-3).view(1, 1, -1)
-    compare([q, k, v, beta, decay, start], True, None, 1e-5)
-    q, k, v, *rest = given(1, 1, 70, 16, 16, device)
-    half, tolerance = (
-        (torch.bfloat16, 3e-2) if device == "cuda" else (torch.float16, 5e-3)
-    )  # it multiplies bf16 as integers
-    compare([q.to(half), k.to(half), v.to(half), *rest], True, None, tolerance)
-    # the operator as torch sees it, and whole in a compiled graph
-    *inputs, start = [t.requires_grad_() for t in given(1, 2, 70, 4, 6, device, turned=True)]
-    documents = (torch.rand(1, 70, device=device) < 0.1).cumsum(1, dtype=torch.int32)
+    *inputs, start = [t.requires_grad_() for t in given(1, 2, 70, 4, 6, DEVICE, turned=True)]
+    documents = (torch.rand(1, 70, device=DEVICE) < 0.1).cumsum(1, dtype=torch.int32)
     torch.library.opcheck(
         torch.ops.dovetail.delta_rule, (*inputs, start, documents, 0.5), test_utils=("test_schema", "test_faketensor")
     )
@@ -102,16 +110,8 @@ def check(device: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_interpreted() -> None:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=150)
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_the_device() -> None:
-    check("cuda")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_long_rows_on_the_device() -> None:
     q, k, v, beta, decay, start = given(2, 3, 200, 64, 32, "cuda")
     ours = delta_rule(q, k, v, beta, log_decay=decay, start=start, scale=1.0)
     same(ours, reference.delta_rule(*(t.double() for t in (q, k, v, beta, decay, start)), None), 1e-5)
@@ -124,10 +124,3 @@ def test_plan_says_which_and_why() -> None:
     assert plan(64, device="cuda", dtype=torch.float32, width=128).path == "triton"
     assert "wider" in plan(64, device="cuda", dtype=torch.float32, width=256).why
     assert plan(64, device="cuda", dtype=torch.float64).path == plan(64).path == "chunked"
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    check("cpu")
-    print("equal")

@@ -1,14 +1,11 @@
 """The Triton kernel of causal linear attention against the plain twin in fp64: outputs, states and every gradient.
 
-Without a GPU these run in Triton's interpreter, in a process of its own: it is chosen when kernels are first defined.
-It multiplies bf16 wrongly, so that fp16 stands for narrow types there.
+Without a GPU these run in Triton's interpreter, which multiplies bf16 wrongly, so that fp16 stands for narrow types.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,22 +19,8 @@ from dovetail.kernels.linear_attention.chunked import Rows
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 NARROW = torch.bfloat16 if GPU else torch.float16
-runs = pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="runs in test_interpreted")
+runs = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 B = 2
-
-
-def test_interpreted() -> None:
-    pytest.importorskip("triton")
-    if GPU or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the others run here")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +99,7 @@ def state(
     ("dtype", "sort", "T", "H", "G", "D", "E", "decays", "goes_on"),
     [
         (NARROW, "plain", 64, 1, 1, 16, 16, False, False),
-        (NARROW, "packed", 50, 2, 1, 12, 20, True, True),
+        (NARROW, "packed", 40, 2, 1, 12, 20, True, True),
         (torch.float32, "packed", 70, 2, 1, 20, 12, True, True),
         (torch.float32, "padded", 40, 1, 1, 16, 24, False, True),
         (torch.float32, "plain", 5, 1, 1, 16, 1, False, False),

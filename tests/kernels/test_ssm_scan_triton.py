@@ -1,15 +1,9 @@
-"""The scan's Triton kernels against the plain twin in fp64: in Triton's interpreter here, on the device where there is one.
-
-Run as a program (by a test, with TRITON_INTERPRET=1: the interpreter is chosen when kernels are first defined) it makes
-the checks on a CPU.
-"""
+"""The scan's Triton kernels against the plain twin in fp64: on the device where there is one, else interpreted."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +12,11 @@ from torch.nn import functional as F
 
 from dovetail.kernels.ssm_scan import plan, reference, selective_scan
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     # B, T, D, N, packed, segments
-    (2, 18, 35, 3, True, 1),
-    (1, 70, 3, 16, False, 3),
+    (2, 11, 35, 3, True, 1),
+    (1, 40, 3, 16, False, 2),
     (1, 70, 2, 5, True, 3),
 ]
 
@@ -71,54 +66,56 @@ def compare(
                 assert not one.any()
 
 
-def check(device: str) -> None:
-    from dovetail.kernels.ssm_scan import triton as kernels
+@pytest.fixture()
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With short chunks, so that short rows have many, and segments."""
+    pytest.importorskip("triton")
+    from dovetail.kernels.ssm_scan import triton
 
-    kernels.CHUNK = 8  # so that short rows have many chunks, and segments
-    for B, T, D, N, packed, segments in CASES:
-        inputs = given(B, T, D, N, device)
-        first = torch.rand(B, T, device=device) < 0.05 if packed else None
-        assert kernels._segments(B, T, 1)[0] == segments
-        compare(kernels.selective_scan, inputs, first, 5e-6, each=segments == 1)
-        with torch.no_grad():
-            same(
-                kernels.selective_scan(*inputs, first),
-                reference.selective_scan(*(t.double() for t in inputs), first),
-                5e-6,
-            )
-    x, *rest = given(1, 10, 5, 4, device)
+    monkeypatch.setattr(triton, "CHUNK", 8)
+    return triton
+
+
+@pytest.mark.parametrize(("B", "T", "D", "N", "packed", "segments"), CASES)
+def test_equals_the_twin(kernels: Any, B: int, T: int, D: int, N: int, packed: bool, segments: int) -> None:
+    inputs = given(B, T, D, N, DEVICE)
+    first = torch.rand(B, T, device=DEVICE) < 0.05 if packed else None
+    assert kernels._segments(B, T, 1)[0] == segments
+    compare(kernels.selective_scan, inputs, first, 5e-6, each=segments == 1)
+    with torch.no_grad():
+        theirs = reference.selective_scan(*(t.double() for t in inputs), first)
+        same(kernels.selective_scan(*inputs, first), theirs, 5e-6)
+
+
+def test_narrow_inputs(kernels: Any) -> None:
+    x, *rest = given(1, 10, 5, 4, DEVICE)
     compare(kernels.selective_scan, [x.bfloat16(), *rest], None, 1e-2)
-    # states that forget at once: the product of a chunk's decays is far below the least number
-    dt = torch.full((1, 70, 2), 30.0, device=device)
-    x, _, _, b, c, start = given(1, 70, 2, 3, device)
-    compare(kernels.selective_scan, [x, dt, -torch.arange(1.0, 4, device=device).expand(2, 3), b, c, start], None, 5e-6)
-    # the operator as torch sees it, and whole in a compiled graph
-    inputs = [t.requires_grad_() for t in given(1, 20, 3, 4, device)]
-    first = torch.rand(1, 20, device=device) < 0.1
+
+
+def test_states_that_forget_at_once(kernels: Any) -> None:
+    """The product of a chunk's decays is far below the least number."""
+    dt, a = torch.full((1, 40, 2), 30.0, device=DEVICE), -torch.arange(1.0, 4, device=DEVICE).expand(2, 3)
+    x, _, _, b, c, start = given(1, 40, 2, 3, DEVICE)
+    compare(kernels.selective_scan, [x, dt, a, b, c, start], None, 5e-6)
+
+
+def test_the_operator_as_torch_sees_it(kernels: Any) -> None:
+    """Its own check of it, and whole in a compiled graph."""
+    inputs = [t.requires_grad_() for t in given(1, 20, 3, 4, DEVICE)]
+    first = torch.rand(1, 20, device=DEVICE) < 0.1
     torch.library.opcheck(
         torch.ops.dovetail.selective_scan, (*inputs, first, True), test_utils=("test_schema", "test_faketensor")
     )
     compiled = torch.compile(lambda *t: kernels.selective_scan(*t, first), fullgraph=True, backend="aot_eager")
     eager = kernels.selective_scan(*inputs, first)
-    grads = [
-        torch.autograd.grad([t.sin().sum() for t in out], inputs)
-        for out in (compiled(*inputs), eager)
-    ]  # fmt: skip
+    grads = [torch.autograd.grad([t.sin().sum() for t in out], inputs) for out in (compiled(*inputs), eager)]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_interpreted() -> None:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=150)
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_the_device() -> None:
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_long_row_on_the_device() -> None:
     compare(selective_scan, given(1, 1000, 40, 16, "cuda"), torch.rand(1, 1000, device="cuda") < 0.01, 2e-5)
-    check("cuda")
 
 
 def test_plan_says_which_and_why() -> None:
@@ -139,10 +136,3 @@ def test_rows_are_cut_where_they_are_few() -> None:
         assert length % CHUNK == 0 and (count - 1) * length < T <= count * length
         assert rows * 64 * count >= FILL or length <= 4 * CHUNK
     assert _segments(32, 2048, 64)[0] == 1
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    check("cpu")
-    print("equal")

@@ -29,6 +29,7 @@ class Context:
     aligned: a static promise that order is 0..T-1 in every row and nothing is padded or packed.
     pieces: feed-forwards take the tokens in so many pieces, one after the other, so that their hidden vectors never
         stand whole (Kitaev et al. 2020, section 3).
+    in_step: a static promise that positions have one axis, along which tokens are as far apart as in `order`.
     memo: tables and masks computed once a forward and shared by the layers; never part of the pytree. Nothing that
         needs a gradient belongs there: activation checkpointing would not compute it again.
     """
@@ -43,6 +44,7 @@ class Context:
     grid: tuple[int, int] | None = None
     aligned: bool = False
     pieces: int = 1
+    in_step: bool = False
     memo: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
@@ -78,6 +80,7 @@ class Context:
         else:
             order = torch.arange(length, device=device)[None]
         order = order + (start if isinstance(start, int) else start.view(-1, 1))
+        in_step = positions is None
         positions = order if positions is None else positions
         if positions.dim() == 2:
             positions = positions[..., None]
@@ -85,7 +88,7 @@ class Context:
             raise DataError(
                 f"positions have shape {tuple(positions.shape)}", remedy=f"give {(batch, length)}, or (..., axes)"
             )
-        return Context(positions, order, segments, aligned=plain and begins)
+        return Context(positions, order, segments, aligned=plain and begins, in_step=in_step)
 
     @property
     def side(self) -> Side:
@@ -110,7 +113,7 @@ class Context:
 
     @property
     def coords(self) -> Coords:
-        return self.once("coords", lambda: Coords(self.side, self.side, self.aligned))
+        return self.once("coords", lambda: Coords(self.side, self.side, self.aligned, in_step=self.in_step))
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, computed once in this forward for `key`."""
@@ -186,7 +189,7 @@ def refuse_memory(keys: Tensor | None, values: Tensor | None, path: str) -> None
 
 
 _TENSORS = ("positions", "order", "segments", "memory", "memory_segments", "memory_positions", "cond")
-_STATIC = ("grid", "aligned", "pieces")
+_STATIC = ("grid", "aligned", "pieces", "in_step")
 
 
 def _flatten(ctx: Context) -> tuple[list[Any], Any]:

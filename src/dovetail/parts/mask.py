@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention.coords import Side
+from dovetail.kernels.attention.coords import Side, Span
 from dovetail.spec import Spec, register
 from dovetail.spec.categories import MaskPart
 from dovetail.spec.ranges import Count, Natural
@@ -46,6 +46,10 @@ class Mask(Spec):
         """True when the rule is exactly Causal."""
         return False
 
+    def span(self) -> Span | None:
+        """The rule as a band of distances; None where it is none."""
+        return None
+
     def for_newest(self, kept: Kept | None) -> Mask:
         """The same rule for one newest query over the stored past (of which only `kept` is there)."""
         return self
@@ -71,6 +75,9 @@ class Full(Mask):
     def is_full(self) -> bool:
         return True
 
+    def span(self) -> Span:
+        return Span()
+
 
 @register("mask", "causal", oracle="formula: j <= i", source="Vaswani et al. 2017, section 3.2.3", causal=True)
 class Causal(Mask):
@@ -81,6 +88,9 @@ class Causal(Mask):
 
     def is_causal(self) -> bool:
         return True
+
+    def span(self) -> Span:
+        return Span(after=0)
 
     def for_newest(self, kept: Kept | None) -> Mask:
         return Full()
@@ -95,6 +105,9 @@ class Window(Mask):
     def allowed(self, q: Side, k: Side) -> Tensor:
         back = q.order - k.order
         return (back >= 0) & (back < self.size)
+
+    def span(self) -> Span:
+        return Span(self.size - 1, 0)
 
     def for_newest(self, kept: Kept | None) -> Mask:
         return Full() if kept is not None and not kept.first and kept.last <= self.size else self
@@ -113,6 +126,9 @@ class Beyond(Mask):
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         return q.order - k.order >= self.size
+
+    def span(self) -> Span:
+        return Span(after=-self.size)
 
 
 @register(
@@ -144,6 +160,9 @@ class Band(Mask):
         back = q.order - k.order
         return (back <= self.before) & (back >= -self.after)
 
+    def span(self) -> Span:
+        return Span(self.before, self.after)
+
 
 @register("mask", "prefix", oracle="formula: j < length", source="Raffel et al. 2020, section 3.2.1")
 class Prefix(Mask):
@@ -153,6 +172,9 @@ class Prefix(Mask):
 
     def allowed(self, q: Side, k: Side) -> Tensor:
         return (k.order < self.length) & (q.order == q.order)
+
+    def span(self) -> Span:
+        return Span(_NEVER, None, self.length)
 
     def kept(self) -> Kept | None:
         return Kept(1, self.length)
@@ -245,6 +267,9 @@ class Document(Mask):
             return (q.order == q.order) & (k.order == k.order)
         return (q.segments == k.segments) & (k.segments >= 0)
 
+    def span(self) -> Span:
+        return Span(apart=True)
+
 
 @register("mask", "padding", oracle="formula: segment j >= 0", source="Vaswani et al. 2017")
 class Padding(Mask):
@@ -281,6 +306,17 @@ class And(Several):
             seen = seen & rule.allowed(q, k)
         return seen
 
+    def span(self) -> Span | None:
+        """Alternatives inside it are bounded by the others first: a window or sinks, both causal."""
+        plain: Span | None = Span()
+        for rule in self.each():
+            if not isinstance(rule, Or):
+                plain = _both(plain, rule.span())
+        for rule in self.each():
+            if isinstance(rule, Or):
+                plain = _either([_both(plain, one.span()) for one in rule.each()])
+        return plain
+
     def for_newest(self, kept: Kept | None) -> Mask:
         joined: Mask = Full()
         for rule in self.each():
@@ -302,6 +338,9 @@ class Or(Several):
             seen = seen | rule.allowed(q, k)
         return seen
 
+    def span(self) -> Span | None:
+        return _either([rule.span() for rule in self.each()])
+
     def for_newest(self, kept: Kept | None) -> Mask:
         plain = all(type(r) in (Window, Prefix, Globals) for r in self.each())
         whole = plain and kept is not None and kept == self.kept()
@@ -311,6 +350,20 @@ class Or(Several):
         bounds = [rule.kept() for rule in self.each()]
         known = [k for k in bounds if k is not None]
         return Kept(max(k.last for k in known), max(k.first for k in known)) if len(known) == len(bounds) else None
+
+
+_NEVER = -(2**30)  # how far back one sees where one sees nothing
+
+
+def _both(a: Span | None, b: Span | None) -> Span | None:
+    return None if a is None or b is None else a.both(b)
+
+
+def _either(spans: list[Span | None]) -> Span | None:
+    found = spans[0]
+    for span in spans[1:]:
+        found = None if found is None or span is None else found.either(span)
+    return found
 
 
 def narrowed(rule: Mask, extra: Mask | None, path: str) -> Mask:

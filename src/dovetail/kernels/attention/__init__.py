@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dovetail.kernels.attention import bands, flex, reference, regions, sdpa
-from dovetail.kernels.attention.coords import Ahead, Both, BoundMask, Coords, Rule, Side
+from dovetail.kernels.attention import bands, flex, reference, regions, sdpa, triton
+from dovetail.kernels.attention.coords import Ahead, Both, BoundMask, Coords, Rule, Side, Span
 from dovetail.kernels.attention.plan import Plan, plan
 from dovetail.kernels.attention.reference import Region
 from dovetail.kernels.attention.regions import merge
@@ -46,6 +46,8 @@ def attend(
     if chosen.path == "flex":
         assert mask is not None
         return flex.attend(q, k, v, mask, scale)
+    if chosen.path == "triton":
+        return triton.attend(q, k, v, mask, score, scale)
     return reference.attend_tiled(q, k, v, mask, score, scale, dropout)
 
 
@@ -69,6 +71,6 @@ def _scale(q: Tensor, score: Score | None, scale: float | None) -> float:
 
 
 __all__ = [
-    "Ahead", "Both", "BoundMask", "Content", "Coords", "Distance", "Plan", "Region", "Rule", "Score", "Side", "Toeplitz", "attend", "attend_lse",
+    "Ahead", "Both", "BoundMask", "Content", "Coords", "Distance", "Plan", "Region", "Rule", "Score", "Side", "Span", "Toeplitz", "attend", "attend_lse",
     "attend_regions", "merge", "plan", "reference",
 ]  # fmt: skip

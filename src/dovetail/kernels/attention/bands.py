@@ -64,7 +64,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Folded(q, k, v, seen, tiles, causal, scale)
     d_out = d_out.reshape(call.groups, call.repeats, call.T, v.shape[-1])
-    d_q = torch.empty_like(call.q)
+    d_q = q.new_empty(
+        call.q.shape
+    )  # contiguous, as the fake kernel says; a lone row's q may be a view of another order
     wide = torch.promote_types(q.dtype, torch.float32)
     d_k, d_v = torch.zeros(call.k.shape, dtype=wide), torch.zeros(call.v.shape, dtype=wide)
     for band in call.bands():

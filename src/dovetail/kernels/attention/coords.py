@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,12 +40,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Coords:
-    """Both sides. `aligned` is a static promise: same tokens on both sides, order 0..T-1, one segment."""
+    """Both sides. `aligned` is a static promise: same tokens on both sides, order 0..T-1, one segment.
+
+    in_step: a static promise that positions have one axis, along which they are as far apart as in order.
+    """
 
     q: Side
     k: Side
     aligned: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # masks over these coordinates
+    in_step: bool = False
 
     def distance(self, axis: int = 0) -> Tensor:
         """k_pos - q_pos along one position axis, (B,T,S)."""
@@ -53,14 +57,47 @@ class Coords:
         return self.k.positions[:, None, :, axis] - self.q.positions[:, :, None, axis]
 
 
+class Span(NamedTuple):
+    """Query i sees key j where -after <= i - j <= before; None is no bound. sinks: keys j < sinks are not too far back.
+    apart: nor are keys seen of another segment than one's own, or of a negative one."""
+
+    before: int | None = None
+    after: int | None = None
+    sinks: int = 0
+    apart: bool = False
+
+    def both(self, other: Span) -> Span | None:
+        """What both see, or None where that is no span."""
+        after = (
+            other.after if self.after is None else self.after if other.after is None else min(self.after, other.after)
+        )
+        if self.before is None or other.before is None:
+            back = other if self.before is None else self
+        else:
+            back, wider = (self, other) if self.before <= other.before else (other, self)
+            if back.sinks > wider.sinks:
+                return None
+        return Span(back.before, after, back.sinks, self.apart or other.apart)
+
+    def either(self, other: Span) -> Span | None:
+        """What one of them sees, or None where that is no span."""
+        if self.after != other.after or self.apart != other.apart:
+            return None
+        if self.before is None or other.before is None:
+            return Span(None, self.after, 0, self.apart)
+        return Span(max(self.before, other.before), self.after, max(self.sinks, other.sinks), self.apart)
+
+
 class Rule(Protocol):
-    """What a mask is to a kernel: an elementwise test, and two static facts."""
+    """What a mask is to a kernel: an elementwise test, and static facts. span: as a band of distances, where it is one."""
 
     def allowed(self, q: Side, k: Side) -> Tensor: ...
 
     def is_full(self) -> bool: ...
 
     def is_causal(self) -> bool: ...
+
+    def span(self) -> Span | None: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +115,10 @@ class Both:
 
     def is_causal(self) -> bool:
         return (self.a.is_causal() and self.b.is_full()) or (self.a.is_full() and self.b.is_causal())
+
+    def span(self) -> Span | None:
+        a, b = self.a.span(), self.b.span()
+        return None if a is None or b is None else a.both(b)
 
 
 @dataclass(frozen=True)
@@ -100,6 +141,9 @@ class Ahead:
 
     def is_causal(self) -> bool:
         return False
+
+    def span(self) -> Span | None:
+        return None
 
 
 @dataclass(frozen=True)

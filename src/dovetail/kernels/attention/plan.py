@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
+from dovetail.kernels.attention import triton
 from dovetail.kernels.attention.bands import TILE
 from dovetail.kernels.attention.coords import BoundMask, Coords, Rule, Side
 from dovetail.kernels.attention.score import Score
@@ -14,12 +16,18 @@ from dovetail.kernels.attention.score import Score
 
 @dataclass(frozen=True)
 class Plan:
-    """The path taken ("sdpa", "flex", "bands", "tiled", "regions") and the reason, for people."""
+    """The path taken ("sdpa", "flex", "bands", "tiled", "triton", "regions") and the reason, for people."""
 
     path: str
     why: str
 
+    def falls_back(self, device: str) -> bool:
+        """Whether it is plain torch where others of `device` have a kernel: the reference, cut to fit the memory."""
+        return self.path in (_PLAIN | _PLAIN_ON_CUDA if device.startswith("cuda") else _PLAIN)
 
+
+_PLAIN = {"tiled", "step by step"}
+_PLAIN_ON_CUDA = {"bands", "chunked", "scan"}
 _BAND = 64  # queries from which bands win on a CPU
 _SPARSE = (
     0.35  # share of tiles below which bands win on a CPU in fp32: a tile costs them up to twice what it costs SDPA
@@ -43,6 +51,10 @@ def plan(
     hides = mask is not None and not mask.full
     if plain and device == "cpu" and dtype == torch.bfloat16 and queries >= _BAND and not dropout:
         return Plan("bands", "bf16 on CPU: bands of queries over a scratch that all layers use")
+    if device == "cuda" and triton.OWN and not dropout and _triton():
+        kind = triton.kind(mask, score, width, dtype)
+        if kind in triton.OWN:
+            return Plan("triton", _WHY[kind])
     if plain and not hides:
         return Plan("sdpa", "nothing is masked: fused attention without a mask")
     if plain and mask is not None and mask.causal:
@@ -64,6 +76,19 @@ def plan(
     if score is not None and score.cap is None:
         return Plan("sdpa", "additive terms: fused attention with the terms as a bias")
     return Plan("tiled", "a soft cap is not additive: plain attention in tiles of queries, recomputed in the backward")
+
+
+_WHY = {
+    "table": "a score that depends on the distance: own kernels, whose table is O(T)",
+    "documents": "documents or padding: own kernels, which pass over tiles that hold nothing",
+    "window": "a mask that is a band of distances: own kernels, which walk its tiles alone",
+    "plain": "own kernels",
+}
+
+
+@cache
+def _triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _flex_from() -> int:

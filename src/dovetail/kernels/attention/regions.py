@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import reference
+from dovetail.kernels.attention import reference, triton
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.reference import Region
 
@@ -39,7 +39,11 @@ class _Merged(torch.autograd.Function):
         ctx: Any, scale: float, tile: int, masks: list[BoundMask | None], places: list[int], *tensors: Tensor
     ) -> Tensor:
         triples = _triples([tensors[i] for i in places])
-        parts = [_bands(q, k, v, m, scale, tile) for (q, k, v), m in zip(triples, masks, strict=True)]
+        ctx.own = _own(triples, masks)
+        parts = [
+            triton.region(q, k, v, m, scale) if ctx.own else _bands(q, k, v, m, scale, tile)
+            for (q, k, v), m in zip(triples, masks, strict=True)
+        ]
         out, lse = merge(parts)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.scale, ctx.tile, ctx.masks, ctx.places = scale, tile, masks, places
@@ -52,7 +56,10 @@ class _Merged(torch.autograd.Function):
         delta = (dout * out).sum(-1)
         parts: list[Tensor] = []
         for (q, k, v), mask in zip(_triples([tensors[i] for i in ctx.places]), ctx.masks, strict=True):
-            parts.extend(_backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile))
+            if ctx.own:
+                parts.extend(triton.region_backward(dout, q, k, v, mask, out, lse, ctx.scale))
+            else:
+                parts.extend(_backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile))
         result: list[Any] = [None] * len(tensors)
         for i, part in zip(ctx.places, parts, strict=True):
             result[i] = part if result[i] is None else result[i] + part
@@ -76,6 +83,17 @@ def attend_regions(regions: Sequence[Region], q: Tensor, scale: float, tile: int
         if not known:
             once.append(t)
     return _Merged.apply(scale, tile, [r.mask for r in regions], places, *once)  # type: ignore[no-any-return]
+
+
+def _own(triples: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[BoundMask | None]) -> bool:
+    """Whether own kernels run every region: where the plan may give them any (`triton.OWN`), on CUDA."""
+    if "regions" not in triton.OWN or not triples[0][0].is_cuda:
+        return False
+    served = [
+        triton.kind(mask, None, max(q.shape[-1], v.shape[-1]), q.dtype)
+        for (q, _, v), mask in zip(triples, masks, strict=True)
+    ]
+    return None not in served
 
 
 def _triples(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.kernels.attention import reference
-from dovetail.kernels.attention.coords import BoundMask, Coords, Side
+from dovetail.kernels.attention.coords import BoundMask, Coords, Side, Span
 
 INDEX = 2**24  # an order here is place · INDEX + index: where a round puts a token, and where it stands in its document
 
@@ -43,6 +43,9 @@ class Near:
 
     def is_causal(self) -> bool:
         return False
+
+    def span(self) -> Span | None:
+        return None
 
 
 def attend_rounds(

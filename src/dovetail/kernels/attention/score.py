@@ -6,7 +6,7 @@ softmax(cap(scale * (q·k + inside terms) + outside terms)); distance is k_pos -
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,23 @@ class Toeplitz:
 
     table: (H, R). bucket maps integer distances (any shape) to 0..R-1. axis: position axis it reads.
     One table per axis pair (Swin's 2-D table) passes `axes=(0, 1)` and a bucket of stacked distances.
+    reach: the distance from which on, either way, the bucket does not change; None where there is none.
     """
 
     table: Tensor
     bucket: Callable[..., Tensor]
     axes: tuple[int, ...] = (0,)
     inside_scale: bool = False
+    reach: int | None = None
+
+    @property
+    def tabled(self) -> bool:
+        """Whether it is a function of the distance along the first axis."""
+        return self.axes == (0,)
+
+    def along(self, distances: Tensor) -> Tensor:
+        """(H,N) at distances (N,)."""
+        return self.table[:, self.bucket(distances)]
 
     def dense(self, at: Coords) -> Tensor:
         """(B,H,T,S)."""
@@ -48,6 +59,14 @@ class Distance:
     axis: int = 0
     inside_scale: bool = False
 
+    @property
+    def tabled(self) -> bool:
+        return self.axis == 0
+
+    def along(self, distances: Tensor) -> Tensor:
+        """(H,N) at distances (N,)."""
+        return self.function(distances[None, None, None])[0, :, 0]
+
     def dense(self, at: Coords) -> Tensor:
         """(B|1,H,T,S)."""
         return self.function(at.distance(self.axis)[:, None])
@@ -60,19 +79,30 @@ class Distance:
 class Content:
     """A term that depends on what queries or keys hold (Shaw, Transformer-XL, DeBERTa, SAM).
 
-    compute(start, stop): the (B,H,stop-start,S) rows of the term.
+    compute(start, stop): the (B,H,stop-start,S) rows of the term. by_distance: (N,) k_pos - q_pos -> (H,N), where the
+    term is a function of that after all and `compute` only another way to it (Sandwich).
     """
 
     compute: Callable[[int, int], Tensor]
     length: int
     inside_scale: bool = True
     start: int = 0
+    by_distance: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tabled(self) -> bool:
+        return self.by_distance is not None
+
+    def along(self, distances: Tensor) -> Tensor:
+        """(H,N) at distances (N,)."""
+        assert self.by_distance is not None
+        return self.by_distance(distances)
 
     def dense(self, at: Coords) -> Tensor:
         return self.compute(self.start, self.start + self.length)
 
     def rows(self, start: int, stop: int) -> Content:
-        return Content(self.compute, stop - start, self.inside_scale, self.start + start)
+        return replace(self, length=stop - start, start=self.start + start)
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,22 @@ class Score:
     def plain(self) -> bool:
         """Only a scale, if that."""
         return len(self.terms) == 0 and self.cap is None and self.value_terms is None
+
+    @property
+    def tabled(self) -> bool:
+        """Nothing but terms that are functions of the distance along the first axis."""
+        return all(t.tabled for t in self.terms) and self.cap is None and self.value_terms is None
+
+    def along(self, length: int, scale: float, device: torch.device) -> Tensor:
+        """The terms' sum in units of the final score, (H, 2·reach+1): distance d at d + reach. `tabled` scores alone.
+
+        reach: at most length - 1; from there on, either way, it is the same.
+        """
+        ends = [t.reach if isinstance(t, Toeplitz) and t.reach is not None else length - 1 for t in self.terms]
+        reach = min(max(ends), length - 1)
+        distances = torch.arange(-reach, reach + 1, device=device)
+        lines = [t.along(distances) * (scale if t.inside_scale else 1) for t in self.terms]
+        return torch.stack(lines).sum(0)
 
     def rows(self, start: int, stop: int) -> Score:
         values = self.value_terms

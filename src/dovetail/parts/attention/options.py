@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Plan, Score, Toeplitz
+from dovetail.kernels.attention import Content, Plan, Score, Toeplitz
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Mask
 from dovetail.parts.position.base import PositionModule, adds_values
@@ -42,7 +42,9 @@ def score_like(position: PositionModule, cap: float | None = None) -> Score | No
     """A score of the sort that `position` gives, without its numbers: for a plan."""
     if "score" not in position.hooks:
         return None if cap is None else Score(cap=cap)
-    terms = (Toeplitz(torch.empty(0, device="meta"), lambda distance: distance),)
+    terms: tuple[Any, ...] = (Content(lambda start, stop: torch.empty(0, device="meta"), 0),)
+    if position.tabled:
+        terms = (Toeplitz(torch.empty(0, device="meta"), lambda distance: distance),)
     return Score(terms, cap=cap, value_terms=_added if adds_values(position) else None)
 
 

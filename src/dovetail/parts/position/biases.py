@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Content, Coords, Distance, Score
+from dovetail.kernels.attention import Content, Coords, Distance, Score, Side
 from dovetail.parts.context import Context
 from dovetail.parts.position.base import PositionModule, refuse_cross
 from dovetail.parts.position.waves import in_full, waves
@@ -22,6 +22,7 @@ class BiasModule(PositionModule):
     """Base: `bias` of the distance, added to the scaled scores."""
 
     hooks: ClassVar[frozenset[str]] = frozenset({"score"})
+    tabled: ClassVar[bool] = True
 
     def __init__(self, heads: int):
         super().__init__()
@@ -149,6 +150,7 @@ class Sandwich(Spec):
 
 class SandwichModule(PositionModule):
     hooks: ClassVar[frozenset[str]] = frozenset({"score"})
+    tabled: ClassVar[bool] = True
 
     def __init__(self, spec: Sandwich, slot: Slot):
         super().__init__()
@@ -163,4 +165,8 @@ class SandwichModule(PositionModule):
         def compute(start: int, stop: int) -> Tensor:
             return (in_full(queries[:, :, start:stop], keys.mT) - self.width // 2) / ratio[:, None, None]
 
-        return Score((Content(compute, q.shape[1], inside_scale=False),))
+        def by_distance(distance: Tensor) -> Tensor:
+            at = Side(distance[None], None, distance[None, :, None])
+            return (waves(at, self.width, wide)[0][0].sum(-1) - self.width // 2) / ratio[:, None]
+
+        return Score((Content(compute, q.shape[1], inside_scale=False, by_distance=by_distance),))

@@ -47,6 +47,7 @@ class T5Buckets(Spec):
 
 class T5BucketsModule(PositionModule):
     hooks: ClassVar[frozenset[str]] = frozenset({"score"})
+    tabled: ClassVar[bool] = True
 
     def __init__(self, spec: T5Buckets, slot: Slot):
         super().__init__()
@@ -66,7 +67,7 @@ class T5BucketsModule(PositionModule):
         return side + torch.where(back < exact, back, far)
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
-        return Score((Toeplitz(self.table.matrix().t(), self.bucket),))
+        return Score((Toeplitz(self.table.matrix().t(), self.bucket, reach=self.max_distance),))
 
 
 @register(

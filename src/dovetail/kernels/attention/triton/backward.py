@@ -1,0 +1,274 @@
+"""The backward kernels: probabilities are made again, tile by tile, from the normalisers that the forward kept.
+
+With p = exp(s - lse), dp = do vᵀ and ds = p (dp - Σ do·out): dv = pᵀ do, dk = dsᵀ q, dq = ds k, and each entry of a table
+gets the sum of ds over its distance (Dao et al. 2022, algorithm 4). `level` is lse in units of log 2, and infinite where
+a query sees nothing and beyond the last query, so that p is zero there.
+"""
+
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dovetail.kernels.attention.triton.tiles import added, entries, looked_up, met, near, places, seen
+
+
+@triton.jit(do_not_specialize=["heads", "T"])
+def deltas(  # type: ignore[no-untyped-def]
+    out, d_out, lse, d_lse, level, delta, heads, T, LENGTH, E: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """level and delta (B,H,LENGTH), LENGTH a multiple of ROWS: see above; delta = Σ do·out, less d_lse if there is one."""
+    blocks = LENGTH // ROWS
+    first, row = tl.program_id(0) % blocks * ROWS, tl.program_id(0) // blocks
+    batch, head = row // heads, row % heads
+    i = first + tl.arange(0, ROWS)
+    given = d_out.load([batch, head, first, 0]).reshape([ROWS, E]).to(tl.float32)
+    change = tl.sum(given * out.load([batch, head, first, 0]).reshape([ROWS, E]).to(tl.float32), 1)
+    at = row.to(tl.int64) * T + i
+    if LEVELS:
+        change -= tl.load(d_lse + at, mask=i < T, other=0.0)
+    found = tl.load(lse + at, mask=i < T, other=-float("inf"))
+    at = row.to(tl.int64) * LENGTH + i
+    tl.store(level + at, tl.where(found == -float("inf"), float("inf"), found * 1.4426950408889634))
+    tl.store(delta + at, change)
+
+
+@triton.jit
+def _over_keys(  # type: ignore[no-untyped-def]
+    acc, left, right, query, given, level, delta, i, of_i, k, v, k_at, table, beyond, batch, group, first, start, stop, S,
+    scale, before, after, sinks, reach,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr,
+    FAR: tl.constexpr, SIDE: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr,
+    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Adds ds k of the tiles of keys from start to stop; and where the table ends (FAR) to left and right the ds that are
+    `reach` or more away. SIDE: 1 where all are on the left, 2 on the right, 0 where it is to be asked."""
+    for tile in tl.range(start, stop):
+        other = tile * COLUMNS
+        key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
+        value = v.load([batch, group, other, 0]).reshape([COLUMNS, E])
+        if MASKED:
+            j, of_j = places(k_at, other + tl.arange(0, COLUMNS), S, PLACED)
+        elif FAR and SIDE == 0:
+            i, j = first + tl.arange(0, ROWS), other + tl.arange(0, COLUMNS)
+        if NEAR and MASKED and PLACED:
+            more = entries(table, i[:, None], j[None, :], reach, ASSEMBLY)
+        elif NEAR:
+            more = added(table, other - first, reach, ROWS, COLUMNS, False, ASSEMBLY)
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        dp = tl.dot(given, tl.trans(value), input_precision=PRECISION)
+        if NEAR:
+            p = tl.exp2(s * scale + more - level[:, None])
+        else:
+            p = tl.exp2(s * scale - (level - beyond)[:, None])
+        if MASKED:
+            shown = seen(
+                i[:, None], j[None, :], of_i[:, None], of_j[None, :], before, after, sinks, BACK, AHEAD, SINKS, PLACED
+            )
+            p = tl.where(shown, p, 0.0)
+        ds = p * (dp - delta[:, None])
+        if SIDE == 1:
+            left += tl.sum(ds, 1)
+        elif SIDE == 2:
+            right += tl.sum(ds, 1)
+        elif FAR:
+            left += tl.sum(tl.where(j[None, :] - i[:, None] <= -reach, ds, 0.0), 1)
+            right += tl.sum(tl.where(j[None, :] - i[:, None] >= reach, ds, 0.0), 1)
+        acc = tl.dot(ds.to(key.dtype), key, acc=acc, input_precision=PRECISION)
+    return acc, left, right
+
+
+@triton.jit(do_not_specialize=["q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach"])
+def queries(  # type: ignore[no-untyped-def]
+    q, k, v, d_out, d_q, level, delta, table, d_far, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
+    scale, natural, before, after, sinks, reach,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
+    BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head; and into d_far (2,B·H,tiles) its part of both ends of the table's gradient."""
+    blocks = tl.cdiv(T, ROWS)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    row = tl.program_id(0) // blocks
+    batch, head = row // heads, row % heads
+    group, first = head // FAN, block * ROWS
+    low, high = 0.0, 0.0
+    if TABLE:
+        table += head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
+        if FAR:
+            low, high = tl.load(table - reach), tl.load(table + reach)
+    query = q.load([batch, head, first, 0]).reshape([ROWS, D])
+    given = d_out.load([batch, head, first, 0]).reshape([ROWS, E])
+    at = row.to(tl.int64) * LENGTH + first + tl.arange(0, ROWS)
+    levels, change = tl.load(level + at), tl.load(delta + at)
+    acc = tl.zeros([ROWS, D], tl.float32)
+    left = tl.zeros([ROWS], tl.float32)
+    right = tl.zeros([ROWS], tl.float32)
+
+    i, of_i = places(q_at + batch * q_step if PLACED else q_at, first + tl.arange(0, ROWS), T, PLACED)
+    if PLACED:
+        k_at += batch * k_step
+        start, whole, end, stop, shift = looked_up(cuts, batch, block, cut_step)
+        first -= shift
+    else:
+        start, whole, end, stop = met(first, S, before, after, ROWS, COLUMNS, BACK, AHEAD)
+    begin, close = whole, end
+    if FAR:
+        begin, close = near(first, reach, whole, end, ROWS, COLUMNS)
+    if SINKS and not PLACED:
+        acc, left, right = _over_keys(
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, 0,
+            tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, True, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+    if BACK or PLACED:
+        acc, left, right = _over_keys(
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first,
+            start, whole, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, True, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+    if FAR:
+        acc, left, right = _over_keys(
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, low, batch, group, first,
+            whole, begin, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, False, False, FAR, 1, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+    acc, left, right = _over_keys(
+        acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, begin, close,
+        S, scale, before, after, sinks, reach,
+        D, E, ROWS, COLUMNS, False, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+    )  # fmt: skip
+    if FAR:
+        acc, left, right = _over_keys(
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, high, batch, group, first,
+            close, end, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, False, False, FAR, 2, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+    if AHEAD or PLACED or not EVEN:
+        acc, left, right = _over_keys(
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first,
+            end, stop, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, True, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+
+    first = block * ROWS
+    d_q.store([batch, head, first, 0], (acc * natural).to(q.dtype).reshape([1, 1, ROWS, D]))
+    if FAR:
+        tl.store(d_far + row * blocks + block, tl.sum(left, 0))
+        tl.store(d_far + tl.num_programs(0) + row * blocks + block, tl.sum(right, 0))
+
+
+@triton.jit
+def _over_queries(  # type: ignore[no-untyped-def]
+    d_key, d_value, key, value, j, of_j, q, d_out, q_at, level, delta, table, beyond, batch, head, first, start, stop, T,
+    scale, before, after, sinks, reach,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr,
+    BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Adds pᵀ do and dsᵀ q of the tiles of queries from start to stop; all is turned, (keys, queries)."""
+    for tile in tl.range(start, stop):
+        other = tile * COLUMNS
+        query = q.load([batch, head, other, 0]).reshape([COLUMNS, D])
+        given = d_out.load([batch, head, other, 0]).reshape([COLUMNS, E])
+        n = other + tl.arange(0, COLUMNS)
+        levels, change = tl.load(level + n), tl.load(delta + n)
+        if MASKED:
+            i, of_i = places(q_at, n, T, PLACED)
+        if NEAR and MASKED and PLACED:
+            more = entries(table, i[None, :], j[:, None], reach, ASSEMBLY)
+        elif NEAR:
+            more = added(table, first - other, reach, ROWS, COLUMNS, True, ASSEMBLY)
+        s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        dp = tl.dot(value, tl.trans(given), input_precision=PRECISION)
+        if NEAR:
+            p = tl.exp2(s * scale + more - levels[None, :])
+        else:
+            p = tl.exp2(s * scale - (levels - beyond)[None, :])
+        if MASKED:
+            shown = seen(
+                i[None, :], j[:, None], of_i[None, :], of_j[:, None], before, after, sinks, BACK, AHEAD, SINKS, PLACED
+            )
+            p = tl.where(shown, p, 0.0)
+        d_value = tl.dot(p.to(given.dtype), given, acc=d_value, input_precision=PRECISION)
+        ds = p * (dp - change[None, :])
+        d_key = tl.dot(ds.to(query.dtype), query, acc=d_key, input_precision=PRECISION)
+    return d_key, d_value
+
+
+@triton.jit(do_not_specialize=["q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach"])
+def keys(  # type: ignore[no-untyped-def]
+    q, k, v, d_out, d_k, d_v, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
+    scale, natural, before, after, sinks, reach,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
+    BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
+    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, from the FAN heads of queries that read it."""
+    blocks = tl.cdiv(S, ROWS)
+    block, row = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    groups, first = heads // FAN, block * ROWS
+    batch, group = row // groups, row % groups
+    key = k.load([batch, group, first, 0]).reshape([ROWS, D])
+    value = v.load([batch, group, first, 0]).reshape([ROWS, E])
+    d_key = tl.zeros([ROWS, D], tl.float32)
+    d_value = tl.zeros([ROWS, E], tl.float32)
+
+    j, of_j = places(k_at + batch * k_step if PLACED else k_at, first + tl.arange(0, ROWS), S, PLACED)
+    if PLACED:
+        q_at += batch * q_step
+        start, whole, end, stop, shift = looked_up(cuts, batch, block, cut_step)
+        first += shift
+    else:
+        start, whole, end, stop = met(first, T, after, before, ROWS, COLUMNS, AHEAD, BACK)
+        if SINKS:  # noqa: SIM102  the compiler drops what is not asked for
+            if first < sinks:
+                stop = tl.cdiv(T, COLUMNS)
+        if not BACK:
+            end = stop  # beyond the last query p is zero
+    begin, close = whole, end
+    if FAR:
+        begin, close = near(first, reach, whole, end, ROWS, COLUMNS)
+    for member in range(FAN):
+        head = group * FAN + member
+        at = (batch * heads + head).to(tl.int64) * LENGTH
+        centre, low, high = table, 0.0, 0.0
+        if TABLE:
+            centre = table + head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
+            if FAR:
+                low, high = tl.load(centre - reach), tl.load(centre + reach)
+        if AHEAD or PLACED:
+            d_key, d_value = _over_queries(
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head, first,
+                start, whole, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, True, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            )  # fmt: skip
+        if FAR:
+            d_key, d_value = _over_queries(
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, high, batch, head, first,
+                whole, begin, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, False, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            )  # fmt: skip
+        d_key, d_value = _over_queries(
+            d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head, first,
+            begin, close, T, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, False, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+        if FAR:
+            d_key, d_value = _over_queries(
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, low, batch, head, first,
+                close, end, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, False, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            )  # fmt: skip
+        if BACK or PLACED:
+            d_key, d_value = _over_queries(
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head, first,
+                end, stop, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, True, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            )  # fmt: skip
+    first = block * ROWS
+    d_k.store([batch, group, first, 0], (d_key * natural).to(k.dtype).reshape([1, 1, ROWS, D]))
+    d_v.store([batch, group, first, 0], d_value.to(v.dtype).reshape([1, 1, ROWS, E]))

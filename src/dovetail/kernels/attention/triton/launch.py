@@ -1,0 +1,226 @@
+"""Launches the kernels: forward, and the four of the backward. Tensors are (B,heads,T,width) with any strides."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dovetail.kernels.attention.coords import Span
+from dovetail.kernels.attention.triton import backward as back
+from dovetail.kernels.attention.triton import diagonals as sides
+from dovetail.kernels.attention.triton import forward as ahead
+from dovetail.kernels.attention.triton import sizes, tiles
+from dovetail.kernels.attention.triton.shapes import like
+
+PRECISION = "tf32x3"  # of products of fp32 factors: on tensor cores, about as exact as in fp32 units ("ieee")
+PAD = 384  # entries of which a table is constant before and behind: at least the rows and columns of a tile together
+LENGTHS = 256  # what rows of normalisers are a multiple of: of every tile
+PROGRAMS = 2048  # from which walks of diagonals are not cut further
+LOG2E = 1.4426950408889634
+
+
+Places = tuple[Tensor, Tensor] | None  # order and segment of queries (R,2,T) and keys (R,2,S), int32; R is B or 1
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out (B,H,T,E) in q's type and lse (B,H,T) in fp32. table (H,2·reach+1). places: None where a row is one segment."""
+    (B, H, T, _), E = q.shape, v.shape[3]
+    out, lse = like(q, H, E), q.new_empty(B, H, T, dtype=torch.float32)
+    asked = _Asked(q, k, v, table, places, span)
+    cut = asked.tiles("attend")
+    with torch.cuda.device_of(q):
+        ahead.attend[(triton.cdiv(T, cut.rows) * B * H,)](
+            asked.rows(q, cut), asked.columns(k, cut), asked.columns(v, cut), asked.written(out, cut), lse, asked.table,
+            *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds,
+            EVEN=k.shape[2] % cut.columns == 0, **asked.common(cut),
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places,
+    out: Tensor, lse: Tensor, span: Span, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and the table (in fp32; empty without one). out, lse: the forward's, or those of a softmax
+    over more keys than k, of which this is the part (`regions.merge`)."""
+    (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
+    asked = _Asked(q, k, v, table, places, span)
+    d_q, d_k, d_v = like(q, H, D), like(k, G, D), like(v, G, E)
+    length = triton.cdiv(T, LENGTHS) * LENGTHS
+    level, delta = (q.new_empty(B, H, length, dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(q):
+        block = sizes.Tiles(64, 64, 4, 1)
+        back.deltas[(length // 64 * B * H,)](
+            asked.rows(out, block), asked.rows(d_out, block), lse.contiguous(),
+            None if d_lse is None else d_lse.contiguous(), level, delta, H, T, length,
+            E=asked.E, ROWS=64, LEVELS=d_lse is not None, num_warps=4,
+        )  # fmt: skip
+        cut = asked.tiles("keys")
+        back.keys[(triton.cdiv(S, cut.rows) * B * G,)](
+            asked.columns(q, cut), asked.rows(k, cut), asked.rows(v, cut), asked.columns(d_out, cut),
+            asked.written(d_k, cut), asked.written(d_v, cut), level, delta, asked.table, *asked.placed(cut, turned=True),
+            H, T, S, length, scale * LOG2E, scale, *asked.bounds, **asked.common(cut),
+        )  # fmt: skip
+        cut = asked.tiles("queries")
+        blocks = triton.cdiv(T, cut.rows)
+        ends = q.new_empty((2, B * H, blocks) if asked.far else (0,), dtype=torch.float32)
+        back.queries[(blocks * B * H,)](
+            asked.rows(q, cut), asked.columns(k, cut), asked.columns(v, cut), asked.rows(d_out, cut),
+            asked.written(d_q, cut), level, delta, asked.table, ends, *asked.placed(cut),
+            H, T, S, length, scale * LOG2E, scale, *asked.bounds,
+            EVEN=S % cut.columns == 0, **asked.common(cut),
+        )  # fmt: skip
+        if table is None:
+            return d_q, d_k, d_v, q.new_empty(0, dtype=torch.float32)
+        d_table = _diagonals(asked, q, k, v, d_out, level, delta, scale)
+    if asked.far:
+        left, right = ends.view(2, B, H, -1).sum((1, 3))
+        d_table[:, 0], d_table[:, -1] = left, right
+    return d_q, d_k, d_v, d_table
+
+
+def _diagonals(
+    asked: _Asked, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, level: Tensor, delta: Tensor, scale: float
+) -> Tensor:
+    """The gradient of a table (H,2·reach+1), without its ends where they stand for more than themselves."""
+    (B, H, T, _), S, span = q.shape, k.shape[2], asked.span
+    cut = asked.tiles("diagonals")
+    tile, reach = cut.rows, asked.reach
+    bound = reach - 1 if asked.far else reach
+    least, most = -min(bound, T - 1), min(bound, S - 1)
+    if asked.places is not None:  # padding may lie between tokens that are near each other
+        least, most = 1 - T, S - 1
+    elif span.before is not None and not span.sinks:
+        least = max(least, -span.before)
+    if asked.places is None and span.after is not None:
+        most = min(most, span.after)
+    d_table = q.new_zeros(H, 2 * reach + 1, dtype=torch.float32)
+    lowest, highest = least // tile, (most + tile - 1) // tile
+    if most < least:
+        return d_table
+    count, blocks = highest - lowest + 1, triton.cdiv(T, tile)
+    parts = max(1, min(triton.cdiv(blocks, 8), PROGRAMS // (B * H * count)))
+    sums = q.new_empty(parts, B * H, count, 2, tile, dtype=torch.float32)
+    tensors = (*(asked.rows(x, cut) for x in (q, k, v, d_out)), level, delta, asked.table, sums)
+    walk = (level.shape[2], scale * LOG2E, *asked.bounds, lowest, count, blocks, triton.cdiv(blocks, parts))
+    common = {n: x for n, x in asked.common(cut).items() if n not in ("ROWS", "COLUMNS", "TABLE", "PLACED")}
+    if asked.places is None:
+        sides.diagonals[(count * B * H, parts)](*tensors, H, S, *walk, TILE=tile, EVEN=S % tile == 0, **common)
+    else:
+        q_at, k_at, q_step, k_step = asked.stepped()
+        sides.placed_diagonals[(count * B * H, parts)](
+            *tensors, d_table, q_at, k_at, q_step, k_step, H, T, S, *walk, TILE=tile, **common
+        )
+    sums = sums.view(parts * B, H, count, 2, tile).sum(0)
+    line = F.pad(sums[:, :, 0], (0, 0, 1, 0)) + F.pad(sums[:, :, 1], (0, 0, 0, 1))  # from (lowest - 1)·tile on
+    start = (lowest - 1) * tile
+    a, b = max(least, start, -bound), min(most, start + (count + 1) * tile - 1, bound)
+    d_table[:, a + reach : b + 1 + reach] += line.flatten(1)[:, a - start : b + 1 - start]
+    return d_table
+
+
+class _Asked:
+    """What the kernels of one call have in common."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span):
+        self.places, self.span, self.fan, self.dtype = places, span, q.shape[1] // k.shape[1], q.dtype
+        self.D, self.E = _padded(q.shape[3]), _padded(v.shape[3])
+        self.reach = 0 if table is None else table.shape[1] // 2
+        self.far = table is not None and sizes.ENDS and self.reach < max(q.shape[2], k.shape[2]) - 1
+        self.table = None
+        if table is not None:
+            line = table.detach().to(torch.float32)[None] * LOG2E
+            self.table = F.pad(line, (PAD, PAD), mode="replicate")[0].contiguous()
+        self.bounds = (span.before or 0, span.after or 0, span.sinks, self.reach)
+        self.roomy = _roomy(q.device)
+        self._dense: dict[int, Tensor] = {}
+
+    def tiles(self, kernel: str) -> sizes.Tiles:
+        """Those of `sizes`, for this call."""
+        named = f"{kernel} table" if self.table is not None and kernel != "diagonals" else kernel
+        cut = sizes.tiles(named, max(self.D, self.E), self.dtype, self.roomy)
+        assert cut.rows + cut.columns <= PAD and LENGTHS % cut.rows == LENGTHS % cut.columns == 0
+        return cut
+
+    def rows(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
+        return self._described(x, cut.rows)
+
+    def columns(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
+        return self._described(x, cut.columns)
+
+    def written(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
+        assert _dense(x) is x, "a copy would be written"
+        return self._described(x, cut.rows)
+
+    def _described(self, x: Tensor, rows: int) -> TensorDescriptor:
+        """x (B,heads,T,width) as the copy engine reads it, `rows` of one head at a time."""
+        if id(x) not in self._dense:
+            self._dense[id(x)] = _dense(x)
+        x = self._dense[id(x)]
+        strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _padded(x.shape[3])])
+
+    def stepped(self) -> tuple[Tensor, Tensor, int, int]:
+        """Places of queries and keys, and what leads from one row of them to the next."""
+        assert self.places is not None
+        q, k = self.places
+        q_step, k_step = (t[0].numel() if t.shape[0] > 1 else 0 for t in (q, k))
+        return q, k, q_step, k_step
+
+    def placed(self, cut: sizes.Tiles, turned: bool = False) -> tuple[Tensor | int | None, ...]:
+        """Places, and which tiles those of `cut` meet: of keys, or where it holds keys (turned) of queries."""
+        if self.places is None:
+            return None, None, None, 0, 0, 0
+        q, k, q_step, k_step = self.stepped()
+        own, other = ((k, k_step), (q, q_step)) if turned else ((q, q_step), (k, k_step))
+        rows, blocks = q.shape[0], triton.cdiv(own[0].shape[2], cut.rows)
+        found = q.new_empty(rows, blocks, 5)
+        tiles.cuts[(blocks, rows)](
+            own[0], other[0], found, own[0].shape[2], other[0].shape[2], own[1], other[1], *self.bounds[:3],
+            ROWS=cut.rows, COLUMNS=cut.columns, TURNED=turned,
+            **{name: self.common(cut)[name] for name in ("BACK", "AHEAD", "SINKS")},
+        )  # fmt: skip
+        return q, k, found, q_step, k_step, blocks if rows > 1 else 0
+
+    def common(self, cut: sizes.Tiles) -> dict[str, Any]:
+        return {
+            "D": self.D, "E": self.E, "ROWS": cut.rows, "COLUMNS": cut.columns, "FAN": self.fan, "PAD": PAD,
+            "BACK": self.span.before is not None, "AHEAD": self.span.after is not None, "SINKS": self.span.sinks > 0,
+            "TABLE": self.table is not None, "FAR": self.far, "PLACED": self.places is not None, "PRECISION": PRECISION, "ASSEMBLY": _assembly(),
+            "num_warps": cut.warps, "num_stages": cut.stages,
+        }  # fmt: skip
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where the copy engine can read it: aligned to 16 bytes, and none of its strides zero."""
+    unit = 16 // x.element_size()
+    steps = [s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
+    fits = x.stride(3) == 1 and all(s > 0 and s % unit == 0 for s in steps) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+@cache
+def _roomy(device: torch.device) -> bool:
+    """Whether a processor's shared memory is as large as an H100's."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200 * 1024
+
+
+@cache
+def _assembly() -> bool:
+    """Whether tables are read by NVIDIA's own instruction: Triton would send such a load through shared memory."""
+    return torch.version.hip is None and not knobs.runtime.interpret
