@@ -45,12 +45,8 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## speed against peers; writes docs/results/*.json
-	$(BIN)/python bench/decode_cpu.py --out docs/results
-	$(BIN)/python bench/train_cpu.py --compile --out docs/results
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  echo "$(BIN)/python bench/attention.py docs/results"; $(BIN)/python bench/attention.py docs/results; \
-	else echo "bench/attention.py left out: it needs CUDA"; fi
+bench: setup ## speed against peers; all that can run here, or make bench NAMES="decode_cpu ngram"
+	$(BIN)/dovetail bench $(or $(NAMES),all)
 
 docs: setup ## a page for every registered part, then the site (site/index.html)
 	$(BIN)/python docs/generate.py

@@ -1,23 +1,21 @@
-"""attend on CUDA against what a user calls otherwise: first the same numbers, then TFLOP/s.
-
-python bench/attention.py [OUT]
-"""
+"""Causal attention on CUDA, which the plan gives to cuDNN, against torch's backends called directly, TFLOP/s."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import interleaved, row, write
+from common import ceilings, interleaved, main, row
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dovetail.kernels.attention import BoundMask, attend, reference
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Causal, Full, Mask, Window
+
+BENCHMARK = {"device": "cuda", "minutes": 1}
+TARGETS = {"SDPA cuDNN": 0.98, "SDPA flash": 1.8}  # ratios
 
 
 def inputs(B: int, H: int, T: int, D: int) -> list[torch.Tensor]:
@@ -59,8 +57,8 @@ def _often(run: Callable[[], Any]) -> Callable[[], None]:
     return many
 
 
-def speed(out: Path | None) -> None:
-    rows: list[dict[str, Any]] = []
+def measure() -> Iterator[dict[str, Any]]:
+    floor = round(ceilings("cuda").bf16_matmul_tflops)
     for B, H, T, D in ((4, 16, 4096, 128), (1, 16, 16384, 128), (4, 32, 4096, 64)):
         q, k, v = inputs(B, H, T, D)
         g = torch.randn_like(q)
@@ -85,11 +83,11 @@ def speed(out: Path | None) -> None:
         both = interleaved({n: _often(run) for n, run in steps.items()}, rounds=10, warmup=2)
         for what, times, work in (("fwd", forward, flop), ("fwd+bwd", both, 3.5 * flop)):
             rate = {n: REPEAT * work / t[0] / 1e12 for n, t in times.items()}
-            rows += [row(f"{case} {what}", "TFLOP/s", rate["ours"], rate[n], n) for n in ("SDPA cuDNN", "SDPA flash")]
-    write("attention", rows, "python bench/attention.py", out)
+            spread = round(rate["ours"] * times["ours"][1] / times["ours"][0], 1)
+            for name, ratio in TARGETS.items():
+                more = {"spread": spread, "floor": floor, "target_ratio": ratio}
+                yield row(f"{case} {what}", "TFLOP/s", round(rate["ours"], 1), round(rate[name], 1), name, **more)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    check()
-    speed(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main(__file__)

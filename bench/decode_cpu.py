@@ -1,43 +1,57 @@
-"""Single-stream decoding on CPU against transformers' generate: one process, interleaved, medians.
+"""Single-stream decoding on CPU against transformers' generate, a LLaMA of 10 M parameters, tokens a second.
 
-    python bench/decode_cpu.py [--rounds 9] [--new 128] [--threads 2] [--out docs/results]
-
-The model is a LLaMA of 10 M parameters with random fp32 weights, the same in both; both decode greedily from the
-same prompt, and the tokens must agree. The floor reads every weight matrix once a token at the rate at which this
-process sums tensors of those sizes.
+The weights are random fp32, the same in both; both decode greedily from the same prompt, and the tokens must agree. The
+floor reads every weight matrix once a token at the rate at which this process sums tensors of those sizes.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
-from common import interleaved, row, write
+from common import interleaved, main, row
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dovetail as dt
+from dovetail.errors import RunError
 
+BENCHMARK = {"threads": 2, "packages": {"transformers": "transformers"}, "minutes": 2}
 SHAPE = {
     "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "initializer_range": 0.1,
 }  # fmt: skip
-PROMPT, TARGET = 32, 1.5
+PROMPT, NEW, ROUNDS = 32, 128, 21
 
 
+@cache
 def models() -> tuple[Any, Any]:
     """(transformers' model, ours) with equal weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     peer = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
         return peer, dt.load(folder)
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def theirs(prompt: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(prompt)
+    return models()[0].generate(
+        prompt, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )[:, PROMPT:]
+
+
+def ours(prompt: torch.Tensor) -> Any:
+    # The peer bars its eos (2) until min_new_tokens are made; so do we.
+    return dt.generate(models()[1], None, prompt, max_new_tokens=NEW, min_new_tokens=NEW, eos=2)
 
 
 def floor(model: Any) -> float:
@@ -52,45 +66,22 @@ def floor(model: Any) -> float:
     return 1 / statistics.median(times)
 
 
-def measure(rounds: int, new: int) -> dict[str, Any]:
-    """The result row, tokens/s. Raises SystemExit if the tokens differ: the times would compare different work."""
-    peer, model = models()
-    prompt = torch.randint(0, SHAPE["vocab_size"], (1, PROMPT))
+def check() -> None:
+    """The same tokens. Raises RunError otherwise."""
+    if not torch.equal(theirs(prompt()), ours(prompt())):
+        raise RunError("the tokens differ from transformers'", where="bench/decode_cpu.py")
 
-    def theirs() -> torch.Tensor:
-        mask = torch.ones_like(prompt)
-        return peer.generate(
-            prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-        )[:, PROMPT:]
 
-    def ours() -> torch.Tensor:
-        # The peer bars its eos (2) until min_new_tokens are made; so do we.
-        return dt.generate(model, None, prompt, max_new_tokens=new, min_new_tokens=new, eos=2)
-
-    if not torch.equal(theirs(), ours()):
-        raise SystemExit("the tokens differ from transformers'")
-    times = interleaved({"theirs": theirs, "ours": ours}, rounds=rounds)
+def measure() -> Iterator[dict[str, Any]]:
+    given = prompt()
+    times = interleaved({"theirs": lambda: theirs(given), "ours": lambda: ours(given)}, rounds=ROUNDS)
     (mine, spread), (peers, _) = times["ours"], times["theirs"]
-    return row(
-        f"10M LLaMA B1 {PROMPT}+{new}, {torch.get_num_threads()} threads", "tokens/s", round(new / mine, 1),
-        round(new / peers, 1), "transformers generate fp32", spread=round(spread / mine, 3),
-        floor=round(floor(model), 1), target=round(TARGET * new / peers, 1),
+    yield row(
+        f"10M LLaMA B1 {PROMPT}+{NEW}, {torch.get_num_threads()} threads", "tokens/s", round(NEW / mine, 1),
+        round(NEW / peers, 1), "transformers generate fp32", spread=round(NEW * spread / mine**2, 1),
+        floor=round(floor(models()[1]), 1), target_ratio=1.5,
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="folder for decode_cpu.json; nothing is written without it")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    result = measure(given.rounds, given.new)
-    print(result)
-    if given.out:
-        write("decode_cpu", [result], f"python {' '.join(['bench/decode_cpu.py', *sys.argv[1:]])}", given.out)
-
-
 if __name__ == "__main__":
-    main()
+    main(__file__)

@@ -1,8 +1,8 @@
 """Gated linear attention on CUDA: first the same numbers as in fp64, then milliseconds beside flash-linear-attention.
 
-python bench/gated_linear.py [OUT]; --sweep instead times the launches of each kernel at D128, T8192 (and prints them).
+`python bench/gated_linear.py --sweep` instead times the launches of each kernel at D128, T8192 (and prints them).
 
-The peer is fla.ops.gla.chunk_gla, where `fla` can be imported; its kernels tune themselves at their first call, which
+The peer is fla.ops.gla.chunk_gla; its kernels tune themselves at their first call, which
 takes minutes unless they are compiled at once, as here.
 
 Bytes, in units of u = tokens · heads · 128 · 2 bytes (268 MB for 64k tokens of 16 heads), D = Dv = 128, bf16 with log α in
@@ -14,26 +14,27 @@ with scores, sums and partial gradients kept in fp32 between kernels, come to ab
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import multiprocessing
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, row, write
+from common import interleaved, main, row
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import compiled_at_once
 
 from dovetail.kernels.gated_linear import gated_linear, reference, triton
 
+BENCHMARK = {"device": "cuda", "packages": {"triton": "triton", "fla": "flash-linear-attention"}, "minutes": 5}
 WORKERS = 12
 TOKENS, HEADS = 65536, 16
 REPEAT = 5  # calls queued between two synchronisations
+PEER = "fla chunk_gla"
 
 
 def inputs(
@@ -110,24 +111,18 @@ def _often(run: Callable[[], Any]) -> Callable[[], None]:
     return many
 
 
-def speed(out: Path | None) -> None:
-    try:
-        from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
-    except ImportError:
-        chunk_gla = None
-    else:
-        compiled_at_once(first_call, partial(first_call, 64))
-    rows: list[dict[str, Any]] = []
+def measure() -> Iterator[dict[str, Any]]:
+    from fla.ops.gla import chunk_gla  # type: ignore[import-not-found]
+
+    compiled_at_once(first_call, partial(first_call, 64))
     single, half = torch.float32, torch.bfloat16
     cases = [(2048, 128, single), (8192, 128, single), (32768, 128, single), (8192, 128, half), (8192, 64, single)]
     for (T, D, decay), strong in [*((case, False) for case in cases), ((8192, 128, single), True)]:
         q, k, v, g = given = inputs(TOKENS // T, T, HEADS, D, D, half, decay, strong)
         up = torch.randn_like(v)
         ways: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(q, k, v, g)[0]}  # noqa: B023
-        if chunk_gla is not None:
-            ways["fla chunk_gla"] = lambda: chunk_gla(q, k, v, g)[0]  # noqa: B023
-            theirs = ways["fla chunk_gla"]()
-            print(f"T{T} D{D}: ours - fla, relative to the largest: {_error(ways['ours'](), theirs.double()):.1e}")
+        ways[PEER] = lambda: chunk_gla(q, k, v, g)[0]  # noqa: B023
+        print(f"T{T} D{D}: ours - fla, relative to the largest: {_error(ways['ours'](), ways[PEER]().double()):.1e}")
         steps = {n: (lambda run=run: torch.autograd.grad(run(), given, up)) for n, run in ways.items()}  # noqa: B023
         with torch.no_grad():
             forward = interleaved({n: _often(run) for n, run in ways.items()}, rounds=10, warmup=2)
@@ -135,10 +130,8 @@ def speed(out: Path | None) -> None:
         case = f"B{TOKENS // T} T{T} H{HEADS} D{D} log α {str(decay)[6:]}{' strong' if strong else ''}"
         for what, times in (("fwd", forward), ("fwd+bwd", both)):
             ms = {n: 1e3 * t[0] / REPEAT for n, t in times.items()}
-            peer = "fla chunk_gla" if chunk_gla is not None else "ours"
-            rows.append(row(f"{case} {what}", "ms", ms["ours"], ms[peer], peer, smaller=True))
-            print(rows[-1], flush=True)
-        write("gated_linear", rows, "python bench/gated_linear.py", out)  # what stands is kept if a later case fails
+            more = {"spread": round(1e3 * times["ours"][1] / REPEAT, 4)}
+            yield row(f"{case} {what}", "ms", ms["ours"], ms[PEER], PEER, smaller=True, **more)
 
 
 def first_call(D: int = 128) -> None:
@@ -217,13 +210,8 @@ def sweep() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--sweep", action="store_true")
-    asked = parser.parse_args()
-    torch.manual_seed(0)
-    if asked.sweep:
+    if "--sweep" in sys.argv:
+        torch.manual_seed(0)
         sweep()
     else:
-        check()
-        speed(asked.out)
+        main(__file__)

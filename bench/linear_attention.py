@@ -1,21 +1,19 @@
 """Causal linear attention on CUDA against flash-linear-attention: first the same numbers as the fp64 twin, then time.
 
-python bench/linear_attention.py [OUT]          checks, times, writes linear_attention.json
-python bench/linear_attention.py --sweep        which sizes are best, and what each kernel takes
+`python bench/linear_attention.py --sweep` instead tells which sizes are best, and what each kernel takes.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, row, write
+from common import ceilings, interleaved, main, row
 from torch import Tensor
 from tuning import WORKERS, compiled_at_once
 
@@ -27,6 +25,7 @@ try:
 except ImportError:
     chunk_linear_attn = None
 
+BENCHMARK = {"device": "cuda", "packages": {"triton": "triton", "fla": "flash-linear-attention"}, "minutes": 3}
 H, D, TOKENS, REPEAT = 16, 128, 65536, 5  # REPEAT: calls queued between two synchronisations, as in a real step
 PEER = "fla chunk_linear_attn"
 
@@ -73,6 +72,8 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 
 def check() -> None:
     """Each case in a process of its own: most of the time is compiling."""
+    assert plan(8192, causal=True, segments=False, state=False, device="cuda", widest=D).path == "triton"
+    compiled_at_once(first_call)
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         for lines in pool.map(checked, CHECKS):
             print(*lines, sep="\n", flush=True)
@@ -164,47 +165,21 @@ def milliseconds(
     return {what: {n: 1e3 * t[0] / REPEAT for n, t in times.items()} for what, times in found.items()}
 
 
-def copy_rate() -> float:
-    """Bytes a second that a copy reads and writes."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    seconds = interleaved({"copy": _often(lambda: y.copy_(x))}, rounds=10, warmup=2)["copy"][0]
-    return 2 * x.numel() * REPEAT / seconds
-
-
-def speed(out: Path | None) -> None:
+def measure() -> Iterator[dict[str, Any]]:
     """Floor: every input read once and every output written once, at the rate of a copy. Work: chunks of 64 tokens."""
-    rate, rows = copy_rate(), []
-    print(f"copies run at {rate / 1e12:.2f} TB/s")
-    ways: dict[str, Callable[..., Tensor]] = {"ours": ours}
-    if chunk_linear_attn is not None:
-        ways["fla"] = theirs
+    rate = ceilings("cuda").copy_tbs * 1e12
+    ways: dict[str, Callable[..., Tensor]] = {"ours": ours, "fla": theirs}
     for T in (2048, 8192, 32768, 131072):
         tokens = max(TOKENS, T)
         for what, times in milliseconds(ways, T, rounds=11, tokens=tokens).items():
             tensors, parts = (4, 1) if what == "fwd" else (11, 4)
             size = tensors * tokens * H * D * 2
             work = parts * tokens * H * (4 * D * D + 2 * 64 * 2 * D)
-            mine, peer = times["ours"], times.get("fla", float("nan"))
+            mine, peer = times["ours"], times["fla"]
             print(f"T{T} {what}: {work / mine / 1e9:.0f} TFLOP/s, {size / mine / 1e6:.0f} GB/s", flush=True)
-            more = {"floor": round(1e3 * size / rate, 3)}
-            if what == "fwd+bwd":
-                more["target"] = round(peer / 1.1, 3)
-            rows.append(
-                row(
-                    f"causal {tokens // 1024}k tokens H{H} D{D} T{T} {what}",
-                    "ms",
-                    mine,
-                    peer,
-                    PEER,
-                    smaller=True,
-                    **more,
-                )
-            )
-    if chunk_linear_attn is None:
-        print("flash-linear-attention is not installed: nothing to compare with, nothing written")
-        return
-    write("linear_attention", rows, "python bench/linear_attention.py", out)
+            case, goal = f"causal {tokens // 1024}k tokens H{H} D{D} T{T} {what}", 1.1 if what == "fwd+bwd" else None
+            floor = round(1e3 * size / rate, 3)
+            yield row(case, "ms", mine, peer, PEER, smaller=True, target_ratio=goal, floor=floor)
 
 
 def sweep() -> None:
@@ -246,12 +221,8 @@ def sweep() -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    assert plan(8192, causal=True, segments=False, state=False, device="cuda", widest=D).path == "triton"
     if "--sweep" in sys.argv:
+        torch.manual_seed(0)
         sweep()
     else:
-        if chunk_linear_attn is not None:
-            compiled_at_once(first_call)
-        check()
-        speed(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+        main(__file__)

@@ -1,23 +1,20 @@
 """A LoRA step of the Llama-3-8B shape on one GPU against transformers + peft: rank 16 on all linear maps, 4 x 2048 tokens.
 
-    python bench/lora_gpu.py [--only WORD ...] [--out docs/results]
-
-Frozen bf16 weights, fp32 adapters, AdamW; one process, medians; random weights and data. Before anything is timed, a
+`python bench/lora_gpu.py --only CASE ...` prints some of the cases, beside the peer, and writes nothing. Frozen bf16 weights, fp32 adapters, AdamW; one process, medians; random weights and data. Before anything is timed, a
 small model gives the same loss and the same adapter gradients as peft's.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import row, write
+from common import main, row
 
 import dovetail as dt
 from dovetail.adapters import adapt, adapters, load_adapter, trainable
@@ -27,6 +24,7 @@ from dovetail.surgery import quantise
 from dovetail.training.device import compiled
 from dovetail.training.optim import adamw, clip
 
+BENCHMARK = {"device": "cuda", "packages": {"transformers": "transformers", "peft": "peft"}, "minutes": 6}
 VOCAB, BATCH, LENGTH, RANK = 128_256, 4, 2048, 16
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -42,6 +40,7 @@ SPEC = {
 }  # fmt: skip
 PEER = "transformers + peft, checkpointing"
 AUTOCAST = f"{PEER}, fp32 adapters under autocast"
+TARGETS = {"compiled, checkpointing": 1.25, "compiled, memory free": 1.8}  # ratios
 Step = Callable[[], torch.Tensor]
 
 
@@ -147,7 +146,7 @@ def check() -> None:
         raise SystemExit("ours and peft's differ")
 
 
-def measure(make: Callable[[], Step], steps: int = 5) -> tuple[float, float, float]:
+def timed(make: Callable[[], Step], steps: int = 5) -> tuple[float, float, float]:
     """(tokens/s, peak GB, seconds of the first step)."""
     torch.cuda.reset_peak_memory_stats()
     step = make()
@@ -171,13 +170,8 @@ def measure(make: Callable[[], Step], steps: int = 5) -> tuple[float, float, flo
     return BATCH * LENGTH / sorted(times)[len(times) // 2], peak, first
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="names of cases, beside the peer")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    torch.manual_seed(0)
-    check()
+def measure(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """only: names of cases, all unless given; the peer is measured always."""
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), device="cuda")
     ways: dict[str, Callable[[], Step]] = {
         PEER: lambda: theirs(tokens, autocast=False),
@@ -188,29 +182,30 @@ def main() -> None:
         "compiled, memory free": lambda: ours(tokens, compile=True, checkpointing=False),
         "nf4, compiled, checkpointing": lambda: ours(tokens, compile=True, storage="nf4"),
     }
-    if given.only:
-        ways = {n: w for n, w in ways.items() if n == PEER or n in given.only}
-    found: dict[str, tuple[float, float, float]] = {}
+    if only:
+        ways = {n: w for n, w in ways.items() if n == PEER or n in only}
+    other, other_peak, _ = timed(ways.pop(PEER))
+    print(f"{PEER}: {other:,.0f} tokens/s, {other_peak:.1f} GB", flush=True)
     for name, make in ways.items():
         try:
-            found[name] = measure(make)
+            rate, peak, first = timed(make)
         except torch.OutOfMemoryError as error:
             print(f"{name}: {error}", flush=True)
             continue
-        rate, peak, first = found[name]
-        print(f"{name}: {rate:,.0f} tokens/s, {peak:.1f} GB, first step {first:.0f} s", flush=True)
-        targets = {"compiled, checkpointing": 1.25, "compiled, memory free": 1.8}
-        rows = [
-            row(
-                f"LoRA r{RANK}, Llama-3-8B shape, {BATCH} x {LENGTH}, {n}", "tokens/s", round(r), round(found[PEER][0]), PEER,
-                peak_gb=round(p, 1), peer_peak_gb=round(found[PEER][1], 1), first_step_s=round(f, 1),
-                **({"target_ratio": targets[n]} if n in targets else {}),
-            )
-            for n, (r, p, f) in found.items() if not n.startswith(PEER) and PEER in found
-        ]  # fmt: skip
-        if rows:
-            write("lora_gpu", rows, "python bench/lora_gpu.py", given.out)
+        if name == AUTOCAST:
+            print(f"{name}: {rate:,.0f} tokens/s, {peak:.1f} GB", flush=True)
+            continue
+        yield row(
+            f"LoRA r{RANK}, Llama-3-8B shape, {BATCH} x {LENGTH}, {name}", "tokens/s", round(rate), round(other), PEER,
+            peak_gb=round(peak, 1), peer_peak_gb=round(other_peak, 1), first_step_s=round(first, 1),
+            target_ratio=TARGETS.get(name),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    if "--only" in sys.argv:
+        torch.manual_seed(0)
+        check()
+        print(*measure(sys.argv[sys.argv.index("--only") + 1 :]), sep="\n")
+    else:
+        main(__file__)

@@ -1,26 +1,23 @@
 """The selective scan and the delta rule on CUDA against what a user calls otherwise: first right, then tokens/s.
 
-python bench/recurrent.py [OUT]
-
 Peers, where they are installed: flash-linear-attention's delta rules, mamba_ssm's scan; always our own plain torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import interleaved, row, write
+from common import interleaved, main, row
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import compiled_at_once
 
 from dovetail.kernels import delta_rule, ssm_scan
 
+BENCHMARK = {"device": "cuda", "packages": {"triton": "triton"}, "minutes": 6}
 LENGTHS = (2048, 8192, 32768, 131072)
 TOKENS = 65536  # of a batch; a row of 128k is one alone
 REPEAT = 10  # calls queued between two synchronisations, as in a real step
@@ -194,29 +191,25 @@ def measured(case: str, tokens: int, ways: Ways) -> list[dict[str, Any]]:
     for what, backward in (("fwd", False), ("fwd+bwd", True)):
         times = interleaved({name: often(name, backward) for name in ways}, rounds=7, warmup=1)
         rate = {name: calls[name] * tokens / t[0] for name, t in times.items()}
-        spread = times["ours"][1] / times["ours"][0]
+        spread = rate["ours"] * times["ours"][1] / times["ours"][0]
         rows += [
-            row(f"{case} {what}", "tokens/s", rate["ours"], rate[name], name, spread=round(spread, 3))
+            row(f"{case} {what}", "tokens/s", rate["ours"], rate[name], name, spread=round(spread))
             for name in ways
             if name != "ours"
         ]
     return rows
 
 
-def speed(out: Path | None) -> None:
-    rows: list[dict[str, Any]] = []
+def measure() -> Iterator[dict[str, Any]]:
     if importlib.util.find_spec("fla"):
         compiled_at_once(first_call)
     for T in LENGTHS:
         B = max(1, TOKENS // T)
         for gated in (False, True):
             case = f"{'gated ' if gated else ''}delta rule B{B} T{T} H16 D128 bf16"
-            rows += measured(case, B * T, delta_ways(B, T, gated))
-        rows += measured(f"selective scan B{B} T{T} C2048 N16 fp32", B * T, scan_ways(B, T))
-        write("recurrent", rows, "python bench/recurrent.py", out)  # what stands is kept if a longer row fails
+            yield from measured(case, B * T, delta_ways(B, T, gated))
+        yield from measured(f"selective scan B{B} T{T} C2048 N16 fp32", B * T, scan_ways(B, T))
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    check()
-    speed(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main(__file__)

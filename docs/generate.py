@@ -1,4 +1,4 @@
-"""Writes docs/generated: a page for every registered part, what goes with what, and tables of docs/results/*.json.
+"""Writes docs/generated: a page for every registered part, tables of pairs, of kernels and of docs/results/*.json.
 
 Run by `make docs`. Everything on the pages comes from the registry, from the part's own docstring and
 fields, or from running it; nothing is typed twice. A spec that a page shows has been built first.
@@ -19,6 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import algorithms_pictures
 import gallery
 import pairs
+import served
 import torch
 import yaml
 from matplotlib import pyplot as plt
@@ -30,6 +31,7 @@ import dovetail as dt
 from dovetail.adapters import AdapterSpec
 from dovetail.errors import BuildError, DataError, DovetailError
 from dovetail.parts.init import Normal
+from dovetail.report.bench import benchmarks
 from dovetail.spec import Entry, Slot, Spec, entries
 from dovetail.spec.spec import field_category
 from dovetail.surgery import quantise
@@ -305,10 +307,11 @@ def main() -> None:
     (OUT / "parts" / "index.md").write_text("\n".join([*overview, ""]), encoding="utf-8")
     (OUT / "maps.md").write_text(maps_table(), encoding="utf-8")
     (OUT / "pairs.md").write_text(pairs.page(), encoding="utf-8")
+    (OUT / "kernels.md").write_text(served.page(), encoding="utf-8")
     drawn = algorithms_pictures.write(OUT / "algorithms")
     gallery.write(OUT / "scenes")
     files = sorted((DOCS / "results").glob("*.json"))
-    (OUT / "results.md").write_text(results_page(files), encoding="utf-8")
+    (OUT / "results.md").write_text(results_page(files, benchmarks().values()), encoding="utf-8")
     for name, text in own_pages(files).items():
         (OUT / name).write_text(text, encoding="utf-8")
     print(f"docs/generated: {len(entries())} parts, {len(files)} results, {drawn} pictures of algorithms")

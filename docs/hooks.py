@@ -26,6 +26,7 @@ def on_config(config: Any) -> Any:
     config["nav"] += [{"Algorithms": [page(p) for p in topics]}]  # a page is called as its own heading says
     made = docs / "generated"
     config["nav"] += [{"Parts": categories}, {"What goes with what": page(made / "pairs.md")}]
-    plotted = sorted(path for path in made.glob("*.md") if path.stem not in ("maps", "pairs", "results"))
+    config["nav"] += [{"Which kernel runs": page(made / "kernels.md")}]
+    plotted = sorted(path for path in made.glob("*.md") if path.stem not in ("maps", "pairs", "kernels", "results"))
     config["nav"] += [{"Results": [page(made / "results.md"), *({path.stem: page(path)} for path in plotted)]}]
     return config

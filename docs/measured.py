@@ -10,45 +10,103 @@ from typing import Any
 
 from dovetail.errors import DataError
 from dovetail.report import clock, html, plots
+from dovetail.report.bench import Benchmark
 from dovetail.report.scaling_page import Scaled
 from dovetail.report.scaling_page import sections as scaling_sections
 from dovetail.report.study_page import CLAIMS
 from dovetail.report.study_recipe import METRICS
 
+FIRST = ("case", "metric", "ours", "spread", "peer", "theirs", "ratio", "floor", "target")  # columns; then a row's own
+CEILINGS = {
+    "bf16_matmul_tflops": ("bf16 matmul", "TFLOP/s"),
+    "fp32_matmul_tflops": ("fp32 matmul", "TFLOP/s"),
+    "copy_tbs": ("copy", "TB/s"),
+}
 SHOWN = 60  # pairs in print beyond which a page tells only those that agree and those that contradict by number
 
 
-def results_page(files: Sequence[Path]) -> str:
-    """One table a file of docs/results, with what was run on what. Raises DataError for a file out of form."""
+def results_page(files: Sequence[Path], known: Iterable[Benchmark] = ()) -> str:
+    """Targets, one table a file of docs/results with what was run on what, and the benchmarks (of `known`) that have no
+    file yet. Raises DataError for a file out of form."""
     lines = ["# Results", "", "Made from `docs/results/*.json`, which the code that measured wrote. `ratio` is above 1"]
     lines += ["where Dovetail is better, whatever the metric. Times on a CPU are comparable within one file only.", ""]
     if not files:
         lines += ["Nothing has been measured yet.", ""]
+    by_file = {b.file: b for b in known}
+    lines += targets(files)
     for file in files:
-        lines += result_lines(file, heading=True)
+        about = by_file.pop(file.name).about if file.name in by_file else None
+        lines += result_lines(file, heading=True, about=about)
+    if by_file:
+        lines += ["## Not measured yet", "", "| benchmark | what it measures | needs |", "| --- | --- | --- |"]
+        lines += [f"| {b.name} | {_number(b.about)} | {', '.join(b.needs()) or '-'} |" for b in by_file.values()]
+        lines += [""]
     return "\n".join(lines)
 
 
-def result_lines(file: Path, heading: bool = False, kind: str | None = None) -> list[str]:
-    """One file of results; kind: only the rows of this part, of which there are some. Raises DataError otherwise, and
-    for a file out of form. A file with a page of its own is a link to it."""
+def targets(files: Sequence[Path]) -> list[str]:
+    """Every row that has a target, met or not. Empty where there is none."""
+    rows = [(file, row) for file in files for row in _read(file)["rows"] if "met" in row]
+    if not rows:
+        return []
+    lines = ["## Targets", "", f"{sum(row['met'] for _, row in rows)} of {len(rows)} are met.", ""]
+    lines += ["| result | case | target | |", "| --- | --- | --- | --- |"]
+    for file, row in rows:
+        name = _read(file)["name"]
+        cells = (_number(row["case"]), _target(row), "met" if row["met"] else f"best reached: {_reached(row)}")
+        lines.append(f"| [{name}](#{name}) | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def result_lines(file: Path, heading: bool = False, kind: str | None = None, about: str | None = None) -> list[str]:
+    """One file of results; kind: only the rows of this part, of which there are some; about: what was measured. Raises
+    DataError otherwise, and for a file out of form. A file with a page of its own is a link to it."""
     result = _read(file)
     rows, name = result["rows"], result["name"]
     facts = [result["date"], result["device"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())]
+    if "ceilings" in result:
+        limits = [f"{label} {result['ceilings'][key]:g} {unit}" for key, (label, unit) in CEILINGS.items()]
+        facts.append(f"ceilings here: {', '.join(limits)}")
     if kind is not None:
         rows = [row for row in rows if row["case"].split(",")[0] == kind]
         if not rows:
             raise DataError(f"nothing was measured of {kind!r}", where=str(file), remedy="run bench/adapter_sweep.py")
     lines = [f"## {name}", ""] if heading else []
+    lines += [about, ""] if about else []
     if heading and _has_page(result):
         lines += [f"[Plots and all numbers]({file.stem}.md)", ""]
     lines += [f"`{result['command']}`", "", " · ".join(facts), ""]
     if heading and "orders" in result:
         return lines
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    shown = [
+        {key: value for key, value in row.items() if key not in ("target_ratio", "met") and not _nested(value)}
+        | ({"target": _target(row) + (", met" if row["met"] else "")} if "met" in row else {})
+        for row in rows
+    ]
+    found = dict.fromkeys(key for row in shown for key in row)
+    columns = [*(c for c in FIRST if c in found), *(c for c in found if c not in FIRST)]
     lines += ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    lines += ["| " + " | ".join(_number(row.get(column)) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_number(row.get(column)) for column in columns) + " |" for row in shown]
     return [*lines, ""]
+
+
+def _target(row: Mapping[str, Any]) -> str:
+    """What a row is to reach."""
+    wanted = [f"{_number(row['target'])} {_number(row['metric'])}"] if "target" in row else []
+    wanted += [f"{_number(row['target_ratio'])}x the peer"] if "target_ratio" in row else []
+    return " and ".join(wanted)
+
+
+def _reached(row: Mapping[str, Any]) -> str:
+    """What it does, in the same terms."""
+    found = [_number(row["ours"])] if "target" in row else []
+    found += [f"{_number(row['ratio'])}x"] if "target_ratio" in row else []
+    return " and ".join(found)
+
+
+def _nested(value: Any) -> bool:
+    """What a cell cannot hold, such as the log of a training."""
+    return isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)
 
 
 def own_pages(files: Iterable[Path]) -> dict[str, str]:
@@ -175,4 +233,6 @@ def _number(value: Any) -> str:
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{_number(key)}: {_number(item)}" for key, item in value.items())
     return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

@@ -76,7 +76,10 @@ def show(
         data = facts | {"spec": spec.to_dict()}
         if plans is not None:
             data["plan_dtype"] = kind
-            data["plan"] = [{"layers": span, "use": use, "path": p, "why": why} for span, use, p, why in plans]
+            data["plan"] = [
+                {"layers": span, "use": use, "path": path, "why": why, "reference": plain}
+                for span, use, path, why, plain in plans
+            ]
         print(json.dumps(data, ensure_ascii=False))
         return
     console.print(str(spec), highlight=False)
@@ -95,8 +98,8 @@ def show(
             title=f"plan on {where} in {kind}",
             title_justify="left",
         )
-        for row in plans:
-            table.add_row(*row)
+        for span, use, path, why, plain in plans:
+            table.add_row(span, use, f"{path} (reference)" if plain else path, why)
         console.print(table)
 
 
@@ -173,22 +176,23 @@ def _spec_of(path: str, allow: list[str]) -> Any:
     return read_config(resolve(path), allow)[0]
 
 
-def _plans(model: Any, device: str, length: int) -> list[tuple[str, str, str, str]]:
-    """(module path with * for layers that agree, use, kernel, why)."""
+def _plans(model: Any, device: str, length: int) -> list[tuple[str, str, str, str, bool]]:
+    """(module path with * for layers that agree, use, kernel, why, whether that is plain torch for want of a kernel)."""
     import re
 
-    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str, str, bool], list[str]] = {}
     for name, module in model.named_modules():
         if hasattr(module, "plans"):
             star = re.sub(r"blocks\.\d+", "blocks.*", name)
             for use, chosen in module.plans(device, length).items():
-                rows.setdefault((star, use, chosen.path, chosen.why), []).append(name)
+                key = (star, use, chosen.path, chosen.why, chosen.falls_back(device))
+                rows.setdefault(key, []).append(name)
     out = []
-    for (star, use, path, why), names in rows.items():
+    for (star, use, path, why, plain), names in rows.items():
         layers = sorted({int(n) for name in names for n in re.findall(r"blocks\.(\d+)", name)})
-        total = sum(1 for s, u, _, _ in rows if (s, u) == (star, use))
+        total = sum(1 for s, u, *_ in rows if (s, u) == (star, use))
         span = star if total == 1 else f"{star} {layers}"
-        out.append((span, use, path, why))
+        out.append((span, use, path, why, plain))
     return out
 
 

@@ -19,7 +19,7 @@ def main() -> None:
     try:
         for path in imports:
             import_file(path)
-        from dovetail.cli import adapt, algo, data, data_scenes, inspect, run  # noqa: F401  (they register their commands)
+        from dovetail.cli import adapt, algo, bench, data, data_scenes, inspect, run  # noqa: F401  (they register their commands)
 
         app(args=argv, prog_name="dovetail", standalone_mode=True)
     except DovetailError as error:
