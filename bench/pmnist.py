@@ -44,7 +44,7 @@ def with_gradients(run: Any, given: list[Tensor]) -> list[Tensor]:
 
 def compare(what: str, names: tuple[str, ...], found: list[Tensor], want: list[Tensor]) -> None:
     for name, one, other in zip(names, found, want, strict=True):
-        lost = float((one.cpu().double() - other).abs().max() / other.abs().max())
+        lost = float((one.double() - other).abs().max() / other.abs().max())
         print(f"{what} {name}: {lost:.1e} of the largest")
         if not lost <= ALLOWED:
             raise SystemExit(f"{what} {name} is off by {lost:.1e}, and {ALLOWED:.0e} is allowed")
@@ -54,15 +54,13 @@ def check() -> None:
     """Two draws of the recurrence, one at the recipe's width with few rows; the convolution by products."""
     device = choose("auto")
     for sizes in ((4, 32, 64), (2, 512, 64)):
-        exact = rows(*sizes, torch.float64)
-        found = with_gradients(legs.recurrence, [t.to(device, torch.float32) for t in exact])
+        exact = [t.to(device) for t in rows(*sizes, torch.float64)]
+        found = with_gradients(legs.recurrence, [t.float() for t in exact])
         names = ("h", "d given", "d told", "d recall")
         compare("legs_recurrence H{} N{}".format(*sizes[1:]), names, found, with_gradients(twin, exact))
-    exact = [
-        torch.randn(3, LENGTH, 8).double(),
-        (torch.randn(8, LENGTH) * torch.linspace(0, -5, LENGTH).exp()).double(),
-    ]
-    found = with_gradients(ssm_convolution.products.convolve, [t.to(device, torch.float32) for t in exact])
+    fading = torch.linspace(0, -5, LENGTH).exp()
+    exact = [t.double().to(device) for t in (torch.randn(3, LENGTH, 8), torch.randn(8, LENGTH) * fading)]
+    found = with_gradients(ssm_convolution.products.convolve, [t.float() for t in exact])
     want = with_gradients(ssm_convolution.reference.convolve, exact)
     compare("convolution by products", ("y", "dx", "d kernel"), found, want)
 
