@@ -13,11 +13,11 @@ import dovetail as dt
 VOCAB = 61
 
 
-def decoder(tied: bool = False, seed: int = 0, **attention: Any) -> Any:
-    """Two LLaMA blocks with grouped keys."""
+def decoder(tied: bool = False, seed: int = 0, depth: int = 2, **attention: Any) -> Any:
+    """LLaMA blocks with grouped keys, two unless said."""
     mixer = {"kind": "attention", "heads": 4, "kv_heads": 2} | attention
     spec: dict[str, Any] = {
-        "kind": "decoder", "vocab": VOCAB, "dim": 32, "depth": 2, "context": 64,
+        "kind": "decoder", "vocab": VOCAB, "dim": 32, "depth": depth, "context": 64,
         "blocks": {"mixer": mixer, "feedforward": {"kind": "glu", "hidden": 48}},
     }  # fmt: skip
     if tied:

@@ -47,7 +47,8 @@ def check(
     identity: bool = True,
     compiled: bool = True,
 ) -> None:
-    """Every promise in turn. before: makes the adapters ready that this one needs. compiled: seconds, so once a kind."""
+    """Every promise in turn. before: makes the adapters ready that this one needs. compiled: seconds, so once a kind
+    (by tests/matrix) and once for what runs otherwise."""
     if before is not None:
         before(model)
     with torch.no_grad():
@@ -140,7 +141,7 @@ def _decoding(model: Any) -> None:
 
 def _compiled(model: Any) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager_default_partitioner", fullgraph=True)
     want = grads(model)
     for name, gradient in grads(model, compiled).items():
         peers.close(gradient, want[name], 1e-5, name)

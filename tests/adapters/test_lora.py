@@ -170,7 +170,7 @@ def test_many_on_one_model_and_in_one_batch() -> None:
         adapt(model, "lora", name="a")
 
 
-def test_decoding_padding_packing_checkpointing_and_compiling() -> None:
+def test_decoding_padding_packing_and_checkpointing() -> None:
     model, x = decoder(), tokens()
     adapt(model, Lora(rank=4))
     stir(model)
@@ -197,9 +197,6 @@ def test_decoding_padding_packing_checkpointing_and_compiling() -> None:
     model.train()
     again = torch.autograd.grad((model(x).logits * weights).sum(), learn)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, again, strict=True))
-    model.eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.allclose(compiled(x).logits, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["peft", "dovetail"])
@@ -276,7 +273,7 @@ def test_compiles_whole_with_checkpointing(window: int | None) -> None:
     from torch._dynamo.backends.common import aot_autograd
 
     masks: dict[str, Any] = {} if window is None else {"mask": {"kind": "window", "size": window}}
-    model, x = decoder(**masks), tokens()
+    model, x = decoder(depth=2 if window is None else 1, **masks), tokens()
     adapt(model, Lora(rank=4))
     stir(model)
     model.train()

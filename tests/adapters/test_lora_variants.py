@@ -643,7 +643,7 @@ def test_promises(spec: dict[str, Any], tmp_path: Path) -> None:
         "kind": "decoder", "vocab": 31, "dim": 16, "depth": 1, "head": {"kind": "ref", "path": "embedding"},
         "blocks": {"mixer": {"kind": "attention", "heads": 4, "kv_heads": 2}},
     }  # fmt: skip
-    check(randomise(dt.build(model)).eval(), spec, tmp_path)
+    check(randomise(dt.build(model)).eval(), spec, tmp_path, compiled=False)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs `dovetail ARGS` in this process: (exit code, stdout, stderr)."""
+    """Runs `dovetail ARGS` in this process: (exit code, stdout, stderr). Speeds are measured in as few rounds as may be."""
+    monkeypatch.setattr(import_module("dovetail.report.swap"), "_SECONDS", 0.0)
 
     def call(*args: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dovetail", *map(str, args)])

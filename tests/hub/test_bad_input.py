@@ -8,8 +8,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -292,28 +290,26 @@ def test_kill_9_leaves_a_whole_checkpoint(folder: Path) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["model"]  # what the dead left is gone
 
 
-STOP = """
-import os, signal, sys, torch
-import dovetail as dt
-from dovetail.hub import files
-torch.set_num_threads(1)
-path, function, how = sys.argv[1:]
-plain = getattr(files, function)
-def stopped(*args):
-    if how == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    print("here", flush=True)
-    sys.stdin.readline()
-    return plain(*args)
-setattr(files, function, stopped)
-model = dt.build({"kind": "decoder", "vocab": 24, "dim": 8, "depth": 1, "context": 32, "blocks": {"mixer": {"kind": "attention"}}})
-dt.save(model, path)
-"""  # saves a model of another width than the fixture's, up to a function of files
+def _save_up_to(target: Path, function: str, told: Any) -> None:
+    """In a child: saves a model of another width than the fixture's, up to a function of files. There it dies, or says
+    that it is there and waits to be told to go on."""
+    plain = getattr(files, function)
+
+    def stopped(*args: Any) -> Any:
+        if told is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        told.send("here")
+        told.recv()
+        return plain(*args)
+
+    setattr(files, function, stopped)
+    dt.save(dt.build(SPEC | {"dim": 8}), target)
 
 
-def _stopping(target: Path, function: str, how: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", STOP, str(target), function, how]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _stopping(target: Path, function: str, told: Any = None) -> Any:
+    child = multiprocessing.get_context("fork").Process(target=_save_up_to, args=(target, function, told))
+    child.start()
+    return child
 
 
 @pytest.mark.parametrize(
@@ -327,8 +323,9 @@ def test_the_next_save_clears_what_a_killed_one_left(folder: Path, function: str
     bystanders = (".model.x.abcdefgh.part", ".model.notes", ".other.abcdefgh.part")
     for name in bystanders:
         (folder.parent / name).mkdir()
-    child = _stopping(folder, function, "die")
-    assert child.wait(60) == -signal.SIGKILL
+    child = _stopping(folder, function)
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
     (litter,) = {p.name for p in folder.parent.iterdir()} - {"model", *bystanders}
     assert litter.endswith(left) and dt.load(folder).spec.dim == dim
     dt.save(dt.build(SPEC), folder)
@@ -341,8 +338,9 @@ def test_the_next_save_clears_what_a_killed_one_left(folder: Path, function: str
 def test_a_save_at_work_is_left_alone(folder: Path, function: str) -> None:
     """Two processes save to one place: each save is whole, the last one stays, and the notes with it."""
     (folder / "notes.txt").write_text("mine")
-    child = _stopping(folder, function, "wait")
-    assert child.stdout is not None and child.stdout.readline() == "here\n"
+    ours, theirs = multiprocessing.Pipe()
+    child = _stopping(folder, function, theirs)
+    assert ours.poll(60) and ours.recv() == "here"
     (work,) = (p for p in folder.parent.iterdir() if p.name != "model")
     before = sorted(p.name for p in work.iterdir())
     files._clear(folder)
@@ -350,8 +348,10 @@ def test_a_save_at_work_is_left_alone(folder: Path, function: str) -> None:
     if function == "sync":
         dt.save(dt.build(SPEC), folder)
         assert dt.load(folder).spec.dim == 16 and sorted(p.name for p in work.iterdir()) == before
-    child.communicate("\n" * 9, timeout=60)
-    assert child.returncode == 0 and dt.load(folder).spec.dim == 8
+    for _ in range(9):
+        ours.send("go on")
+    child.join(60)
+    assert child.exitcode == 0 and dt.load(folder).spec.dim == 8
     assert (folder / "notes.txt").read_text() == "mine" and [p.name for p in folder.parent.iterdir()] == ["model"]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import dovetail as dt
 from dovetail.errors import CheckpointError
@@ -101,10 +102,10 @@ for name in sys.argv[1:]:
 """
 
 
-def load_in_child(cache: Path, endpoint: str, offline: bool, *names: str) -> list[str]:
+def load_in_child(cache: Path, endpoint: str, *names: str) -> list[str]:
     """huggingface-hub reads its settings once, when it is imported: hence a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": str(int(offline))}
+    environment |= {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
     run = subprocess.run(
@@ -114,10 +115,10 @@ def load_in_child(cache: Path, endpoint: str, offline: bool, *names: str) -> lis
     return run.stdout.splitlines()
 
 
-def test_hub_ids(hub: Hub, tmp_path: Path) -> None:
+def test_hub_ids(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model by its id; only weights, configs and tokenizers are asked for; offline the cache serves."""
     expected = float(sum(p.data.double().abs().sum() for p in dt.load(hub.folder).parameters()))
-    loaded, absent = load_in_child(tmp_path / "cache", hub.url, False, "owner/small", "owner/absent")
+    loaded, absent = load_in_child(tmp_path / "cache", hub.url, "owner/small", "owner/absent")
     word, folder, total = loaded.split()
     assert word == "loaded" and float(total) == pytest.approx(expected, rel=1e-12)
     assert {p.name for p in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
@@ -125,9 +126,14 @@ def test_hub_ids(hub: Hub, tmp_path: Path) -> None:
     assert absent.startswith("refused 2") and "owner/absent" in absent
 
     hub.shutdown()
-    again, other = load_in_child(tmp_path / "cache", hub.url, True, "owner/small", "owner/other")
-    assert again == loaded
-    assert other.startswith("refused 2") and "owner/other" in other
+    assert constants.HF_HUB_OFFLINE  # here
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    model = dt.load("owner/small")
+    assert str(model.origin.folder) == folder
+    assert float(sum(p.data.double().abs().sum() for p in model.parameters())) == float(total)
+    with pytest.raises(CheckpointError, match="owner/other") as caught:
+        dt.load("owner/other")
+    assert caught.value.exit_code == 2
 
 
 def test_names_that_are_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,12 @@
 """The Triton kernels of mixed chunk attention against the plain twin in fp64: outputs and every gradient.
 
-Without a GPU these run in Triton's interpreter, in a process of its own: it is chosen when kernels are first defined.
+Without a GPU these run in Triton's interpreter (see tests/conftest.py).
 It multiplies bf16 wrongly, so that fp16 stands for narrow types there.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -23,22 +21,8 @@ from dovetail.parts.context import Context
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 NARROW = torch.bfloat16 if GPU else torch.float16
-runs = pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="runs in test_interpreted")
+runs = pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="interpreted where there is no GPU")
 SCALE = 0.7
-
-
-def test_interpreted() -> None:
-    pytest.importorskip("triton")
-    if GPU or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the others run here")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from dovetail.parts.weights import initialise
 from dovetail.spec import Entry, Slot, Spec, entries, entry
 
 VOCAB, DIM, DEPTH, CONTEXT, LENGTH = 17, 16, 2, 32, 12
+AOT = "aot_eager_default_partitioner"  # as aot_eager; cutting the graph in two by torch's min-cut takes a tenth more
 
 # What a required field of this name gets, and what a kind needs beyond that.
 FIELDS: dict[str, Any] = {
@@ -84,11 +85,16 @@ EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
 INIT = {"kind": "normal", "std": 0.25}  # wide enough that every part changes the outputs
 
 
-def all_entries() -> list[Entry]:
-    """Every registered part, whichever room it is in (the command line registers nothing and is left alone)."""
+@cache
+def _import_every_room() -> None:
     for module in pkgutil.walk_packages(dovetail.__path__, "dovetail."):
         if not module.name.startswith("dovetail.cli") and not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+
+
+def all_entries() -> list[Entry]:
+    """Every registered part, whichever room it is in (the command line registers nothing and is left alone)."""
+    _import_every_room()
     return entries()
 
 

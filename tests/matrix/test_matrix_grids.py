@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dovetail.parts.context import Context
 from dovetail.spec import Entry
-from matrix.harness import DIM, build_on_grid, close, gradients, name, on_a_grid
+from matrix.harness import AOT, DIM, build_on_grid, close, gradients, name, on_a_grid
 
 each = pytest.mark.parametrize("e", on_a_grid(), ids=name)
 
@@ -59,7 +59,7 @@ def _compiled(e: Entry, backend: str) -> None:
 
 @each
 def test_compiled_equals_eager_on_a_grid(e: Entry) -> None:
-    _compiled(e, "aot_eager")
+    _compiled(e, AOT)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 
 from dovetail.parts.context import Context
 from dovetail.spec import Entry
-from matrix.harness import ALONE, DIM, alone, build, close, gradients, in_a_model, name, stream, subject, tokens
+from matrix.harness import ALONE, AOT, DIM, alone, build, close, gradients, in_a_model, name, stream, subject, tokens
 
 PARTS = in_a_model()
 each = pytest.mark.parametrize("e", PARTS, ids=name)
@@ -59,7 +59,7 @@ def _compiled_equals_eager(e: Entry, backend: str) -> None:
 
 @each
 def test_compiled_equals_eager(e: Entry) -> None:
-    _compiled_equals_eager(e, "aot_eager")
+    _compiled_equals_eager(e, AOT)
 
 
 @pytest.mark.slow

@@ -341,7 +341,7 @@ def test_losses_are_better_where_smaller_and_many_pairs_are_counted() -> None:
         ({"generate": {"data": {"kind": "docstrings"}}}, "not both"),
         ({"main": "accuracy@95"}, "no metric 'accuracy@95'"),
         ({"arms": [{"name": "rope", "variants": [{"name": "x"}]}]}, "changes nothing"),
-        ({"arms": [{"name": "rope", "variants": [{"name": "x", "truncate": True}] * 2}]}, "two variants are called"),
+        ({"arms": [{"name": "rope", "variants": [{"name": "x", "truncate": True}] * 2}]}, "two rows are called"),
         (
             {"arms": [{"name": n, "variants": [{"name": "x", "truncate": True}]} for n in "ab"], "published": None},
             "one is enough",

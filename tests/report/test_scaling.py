@@ -49,7 +49,10 @@ def asked(folder: Path, **change: Any) -> dict[str, Any]:
 def test_measures_once_reports_and_goes_on(tmp_path: Path) -> None:
     printed = {"source": "a paper", "against": "softmax", "values": {"linear": {32: 1.5, 48: 2.0}}}
     data = asked(tmp_path, published=printed, batch_tokens=64)
-    found = scaling(data, quiet=True)
+    recipe, runs = Scaling.load(data), tmp_path / "out" / "runs"
+    key = scalings._key(recipe, recipe.arms[0], scalings.machine(scalings.choose("cpu")))
+    scalings._measure(recipe, recipe.arms[0], key, runs / "softmax" / "found.json")  # here, as if before
+    found = scaling(data, quiet=True)  # the other in a process of its own
     softmax, linear = found.arms
     for arm in found.arms:
         assert [(c.what, c.length, c.rows, c.why) for c in arm.cells] == [
@@ -73,15 +76,14 @@ def test_measures_once_reports_and_goes_on(tmp_path: Path) -> None:
     assert text.count("<svg") == 6 and "a paper" in text and "fused attention" in text
     assert page(Scaled.of(report)) == text
 
-    path = tmp_path / "out" / "runs" / "linear" / "found.json"
+    path = runs / "linear" / "found.json"
     before = json.loads(path.read_text())
     assert before.pop("ended")
     path.write_text(
         json.dumps(before | {"cells": before["cells"][:-1], "trying": [DECODE, 32, 1]})
     )  # as if interrupted
-    other = tmp_path / "out" / "runs" / "softmax" / "found.json"
+    other = runs / "softmax" / "found.json"
     untouched = other.stat().st_mtime_ns
-    recipe = Scaling.load(data)
     scalings._measure(recipe, recipe.arms[1], before["key"], path)
     written = path.stat().st_mtime_ns
     again = scaling(data, quiet=True)

@@ -15,6 +15,7 @@ from dovetail.report import study as studies
 from dovetail.report.scores import nearest, questions, score
 from dovetail.report.study import Study, _key, is_study, study
 from dovetail.report.study_page import Found, Row, order, page
+from report.runs import run_here
 
 LINES = [
     f"name : {n} | food : {f}||{n} serves {f} food ."
@@ -46,7 +47,8 @@ def asked(folder: Path, checkpoint: Path) -> dict[str, Any]:
 
 def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:
     data = asked(tmp_path, checkpoint)
-    found = study(data, jobs=2, quiet=True)
+    run_here(Study.load(data), ("all", 0), ("LoRA", 0))
+    found = study(data, jobs=2, quiet=True)  # the others at once, each in a process of its own
     rows = {row.name: row for row in found.rows}
     assert rows["all"].trainable == rows["all"].parameters > rows["LoRA"].trainable > 0
     assert set(rows["all"].metrics) == {"bleu", "rouge1", "rouge2", "rougeL", "nats"} and found.main == "bleu"
@@ -68,9 +70,9 @@ def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeyp
     assert "nearest training pair" in text and "a paper" in text and "<svg" in text
 
     times = [(folder / "found.json").stat().st_mtime_ns for folder in kept]
-    again = study(
-        data | {"arms": [*data["arms"], {"name": "longer", "change": {"train.steps": 3}}], "seeds": [0]}, quiet=True
-    )
+    more = data | {"arms": [*data["arms"], {"name": "longer", "change": {"train.steps": 3}}], "seeds": [0]}
+    run_here(Study.load(more), ("longer", 0))
+    again = study(more, quiet=True)
     assert [(folder / "found.json").stat().st_mtime_ns for folder in kept] == times  # nothing was run again
     assert "tokens_per_s" in again.rows[2].spent
     data["base"]["train"]["steps"] = 1

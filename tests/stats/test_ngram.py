@@ -14,7 +14,7 @@ import torch
 
 from dovetail.errors import DataError, UserError
 from dovetail.stats import AddK, GoodTuring, KneserNey, NGram, StupidBackoff
-from dovetail.stats.ngram import NAMES, count, count_file, tokenise
+from dovetail.stats.ngram import NAMES, Vocabulary, count, count_file, tokenise
 from dovetail.stats.ngram.sorting import Packing, collapse
 from stats.ngram_oracles import Slow, SlowKatz, SlowKneserNey, SlowWittenBell
 
@@ -338,3 +338,32 @@ def test_broken_arpa_files(old: str, new: str, message: str, tmp_path: Path) -> 
     (tmp_path / "a.arpa").write_text(text.replace(old, new, 1))
     with pytest.raises(DataError, match=message):
         NGram.load_arpa(tmp_path / "a.arpa")
+
+
+def test_words_of_a_long_text_are_those_of_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up all at once: words of 1 to 40 bytes that share beginnings, at every blank that split knows."""
+    rng = random.Random(0)
+    pieces = ["a", "b", "abcdefgh", "é", "漢字", "\x7f", "\x01"]
+    names = list(dict.fromkeys("".join(rng.choices(pieces, k=rng.randint(1, 5))) for _ in range(300)))
+    vocabulary = Vocabulary(names[::2])
+    for blanks in ([" ", "\n"], [" ", "\t", "\r\n", "\x0b", "\x0c", "\x1c", "\x1f", "\n", "\n \n", "  "]):
+        text = "".join(rng.choice(names) + rng.choice(blanks) for _ in range(3000)) + rng.choice(["", "end"])
+        lines = [words for line in text.split("\n") if (words := line.split())]
+        found = vocabulary.lines(text)
+        assert found is not None
+        assert found[0].tolist() == [i for words in lines for i in vocabulary.encode(words)]
+        assert found[1].tolist() == np.cumsum([0, *map(len, lines)])[:-1].tolist()
+    assert [part.tolist() for part in vocabulary.lines(" \n\t") or ()] == [[], []]
+    for character in ("\0", "\x85", "\xa0", "\u2003", "\u2028", "\u3000"):
+        assert vocabulary.lines(f"a{character}b") is None, "split cuts there, or a word is no number of its bytes"
+    for character in map(chr, range(1, 0x3100)):
+        assert character.isspace() == (len(f"a{character}b".split()) == 2)
+        if character.isspace() and not character.isascii():
+            assert vocabulary.lines(f"a{character}b") is None
+    model = NGram.fit(text, 2, unit="word")
+    slow = [model.sentence_logprobs(text[at : at + 9000]).tolist() for at in (0, 900)]
+    monkeypatch.setattr("dovetail.stats.ngram.model._LONG", 1)
+    assert [model.sentence_logprobs(text[at : at + 9000]).tolist() for at in (0, 900)] == slow
+    for bad, error in (("a <s> b", UserError), (" \n", DataError)):
+        with pytest.raises(error):
+            model.perplexity(bad)

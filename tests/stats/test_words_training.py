@@ -24,7 +24,7 @@ def corpus() -> Corpus:
     return Corpus.read(planted.sentences(), min_count=1)
 
 
-def some_windows(corpus: Corpus, tokens: int = 150, tile: int = 32) -> Windows:
+def some_windows(corpus: Corpus, tile: int, tokens: int = 300) -> Windows:
     rng = torch.Generator().manual_seed(1)
     kept = corpus.vocabulary.kept(0.01)
     return windows(corpus.ids[:tokens], corpus.sentence[:tokens], kept, 3, tile, rng)
@@ -73,7 +73,7 @@ def test_a_step_is_the_gradient_of_the_loss_by_pairs(corpus: Corpus, case: dict[
     model.inputs, model.outputs = (table.clone() for table in start)
     if case["loss"] == "hierarchical":
         model.rate.fill_(1)  # the plain sum; what is damped is tested below
-    text = some_windows(corpus)
+    text = some_windows(corpus, model.tile)
     rng = torch.Generator().manual_seed(5)
     model.step(text, 1, 3, 1.0, rng)
     rng.manual_seed(5)

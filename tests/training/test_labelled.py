@@ -19,6 +19,7 @@ from dovetail.training.loop import Run
 from dovetail.training.preflight import preflight
 from dovetail.training.setup import set_up
 from labelled_files import write_mnist
+from report.runs import run_here
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -140,7 +141,9 @@ def test_every_arm_of_permuted_mnist_trains(tmp_path: Path) -> None:
 def test_a_study_of_classes(tmp_path: Path) -> None:
     asked = shipped(tmp_path)
     update = {"arms": asked.arms[:1], "seeds": (0,), "published": (), "out": str(tmp_path / "out")}
-    found = study(asked.model_copy(update=update), quiet=True)
+    asked = asked.model_copy(update=update)
+    run_here(asked, (asked.arms[0].name, 0))
+    found = study(asked, quiet=True)
     assert found.main == "accuracy" and set(found.rows[0].metrics) == {"accuracy", "nats"}
     assert found.rows[0].spent["seconds"] > 0 and found.rival is not None
     data: Any = asked.recipe(asked.arms[0], 0).data

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,43 @@ from safetensors.torch import load_file
 
 from dovetail import hub
 from dovetail.errors import RunError, SpecError
-from dovetail.training import checkpoint, fit
+from dovetail.training import checkpoint, fit, loop
 from training.small import recipe
 
-RUN = """
-import json, os, signal, sys, torch
-torch.set_num_threads(1)
-from dovetail.training import checkpoint, loop
-from dovetail.training import fit
-data, where, at = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-if where == "step":
-    plain = loop.Run.one_step
-    def one_step(run):
-        if run.step == at: die()
-        return plain(run)
-    loop.Run.one_step = one_step
-else:
-    calls = [0]
-    plain = checkpoint.files.sync
-    def dies(*a, **k):
-        calls[0] += 1
-        if calls[0] == at: die()
-        return plain(*a, **k)
-    checkpoint.files.sync = dies
-fit(data, progress=False)
-"""
+# A child that begins with what is imported here takes seconds less; but autograd's threads of a GPU bear no fork.
+CHILD: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+
+
+def _fit_and_die(data: dict[str, Any], where: str, at: int) -> None:
+    torch.set_num_threads(1)
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    if where == "step":
+        plain_step = loop.Run.one_step
+
+        def one_step(run: loop.Run) -> Any:
+            if run.step == at:
+                die()
+            return plain_step(run)
+
+        loop.Run.one_step = one_step
+    else:
+        plain_sync, calls = checkpoint.files.sync, itertools.count(1)
+
+        def sync(*arguments: Any) -> Any:
+            if next(calls) == at:
+                die()
+            return plain_sync(*arguments)
+
+        checkpoint.files.sync = sync
+    fit(data, progress=False)
 
 
 def killed(data: dict[str, Any], where: str, at: int) -> None:
     """Runs `fit` in a process that kills itself with SIGKILL before step `at`, or in the at-th file's sync."""
-    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(data), where, str(at)], timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = CHILD.Process(target=_fit_and_die, args=(data, where, at))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
 
 
 def everything(folder: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
@@ -127,33 +133,35 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: Any, 
     assert fit(data, resume=True, progress=False).steps == 6
 
 
-LIMITED = """
-import json, resource, sys, torch
-torch.set_num_threads(1)
-from dovetail.errors import RunError
-from dovetail.training import fit, loop
-plain = loop.Run.save
-for data, limit in json.loads(sys.argv[1]):
-    def save(run):
-        if run.step == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        return plain(run)
-    loop.Run.save = save
-    try:
-        fit(data, progress=False)
-    except RunError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(error.what)
-"""
+def _fit_limited(cases: list[tuple[dict[str, Any], int]], said: Any) -> None:
+    """In a child: what `fit` says where no file may be longer than the limit from the save of step 4 on."""
+    torch.set_num_threads(1)
+    plain = loop.Run.save
+    for data, limit in cases:
+
+        def save(run: loop.Run, limit: int = limit) -> Any:
+            if run.step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            return plain(run)
+
+        loop.Run.save = save
+        try:
+            fit(data, progress=False)
+        except RunError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            said.send(error.what)
 
 
 def test_a_write_that_the_system_cuts_short(tmp_path: Path) -> None:
     """Writes that really fail (RLIMIT_FSIZE) inside the libraries that write tensors: RunError, nothing half done."""
     limits = (9_000, 60_000)  # stops model.safetensors; lets it pass and stops optimizer.pt
     cases = [(recipe(tmp_path / str(limit), save_every=2), limit) for limit in limits]
-    command = [sys.executable, "-c", LIMITED, json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.count("step 4 could not be written") == 2, done.stderr[-2000:]
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    child = CHILD.Process(target=_fit_limited, args=(cases, theirs))
+    child.start()
+    child.join(120)
+    for _ in cases:
+        assert ours.poll() and "step 4 could not be written" in ours.recv()
     for data, _ in cases:
         root = Path(data["out"]) / "checkpoints"
         assert [p.name for p in root.iterdir()] == ["step-00000002"]
