@@ -203,7 +203,8 @@ def _following(start: Tensor, lengths: Tensor) -> Tensor:
 def spread(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For items with `counts` members each: the item of every member, and the member's number in it."""
     item = torch.repeat_interleave(counts)
-    return item, torch.arange(len(item), device=counts.device) - (counts.cumsum(0) - counts)[item]
+    first = counts.cumsum(0).sub_(counts).index_select(0, item)
+    return item, torch.arange(len(item), device=counts.device).sub_(first)
 
 
 def _centers(start: Tensor, end: Tensor, owner: Tensor, count: int, height: int, width: int) -> Tensor:

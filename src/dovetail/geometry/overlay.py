@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dovetail.errors import DataError
 from dovetail.geometry.batch import Polygons, padded
-from dovetail.geometry.segments import segment_intersection, segments_intersect
+from dovetail.geometry.predicates import orientation
+from dovetail.geometry.segments import segments_intersect
 
 Point = tuple[Fraction, Fraction]
 
@@ -32,14 +33,14 @@ def simple_intersection(a: Tensor, b: Tensor) -> Polygons:
     edges = [_edges(first), _edges(second)]
     meet = segments_intersect(edges[0][:, None], edges[1][None])
     parts = [_split(edges[0], edges[1], meet), _split(edges[1], edges[0], meet.T)]
-    rings = [[_rational(p) for p in ring.tolist()] for ring in (first, second)]
+    rings = [([_rational(p) for p in ring.tolist()], ring[:, 1].tolist()) for ring in (first, second)]
     shared = set(parts[1])
     kept = []
     for edge in parts[0]:
-        where = _location(_middle(edge), rings[1])
+        where = _location(_middle(edge), *rings[1])
         if where > 0 or (where == 0 and edge in shared):  # along a common edge the areas must lie on one side
             kept.append(edge)
-    kept += [edge for edge in parts[1] if _location(_middle(edge), rings[0]) > 0]
+    kept += [edge for edge in parts[1] if _location(_middle(edge), *rings[0]) > 0]
     pieces = [piece for ring in _chain(kept) if len(piece := _rounded(_corners(ring))) > 2]
     size = max(map(len, pieces), default=0)
     points = first.new_zeros(len(pieces), size, 2)
@@ -59,12 +60,13 @@ def _ring(points: Tensor, what: str) -> Tensor:
         )
     points = points[(points != points.roll(-1, 0)).any(-1)]
     N = points.shape[0]
-    edges = _edges(points)
-    common = segment_intersection(edges[:, None], edges[None]).count if N > 2 else points.new_ones(1, 1)
     index = torch.arange(N, device=points.device)
     gap = (index[:, None] - index).abs()
-    beside = (gap == 1) | (gap == N - 1)
-    if N < 3 or bool((common > torch.where(beside, 1, torch.where(gap == 0, 2, 0))).any()):
+    edges, others = _edges(points), (gap > 1) & (gap < N - 1)
+    back, on = points.roll(1, 0), points.roll(-1, 0)
+    same_way = ((back - points).sign() * (on - points).sign() >= 0).all(-1)  # of edges on one line: folded
+    folded = same_way & (orientation(back, points, on) == 0)
+    if N < 3 or bool(folded.any() | (segments_intersect(edges[:, None], edges[None]) & others).any()):
         raise DataError(f"{what} touches or crosses itself", where="simple_intersection", remedy="give simple polygons")
     doubled = sum(_cross(p, q) for p, q in pairwise([_rational(p) for p in [*points.tolist(), points[0].tolist()]]))
     return points if doubled > 0 else points.flip(0)
@@ -118,10 +120,13 @@ def _split(edges: Tensor, others: Tensor, meet: Tensor) -> list[tuple[Point, Poi
     return parts
 
 
-def _location(p: Point, ring: list[Point]) -> int:
-    """1 inside, 0 on the boundary, -1 outside."""
+def _location(p: Point, ring: list[Point], heights: list[float]) -> int:
+    """1 inside, 0 on the boundary, -1 outside. heights: y of the ring's points, floats that say it exactly."""
     inside = False
-    for a, b in pairwise([*ring, ring[0]]):
+    height = float(p[1])  # rounding keeps the order: an edge above or below it is above or below p
+    for (a, b), (low, high) in zip(pairwise([*ring, ring[0]]), pairwise([*heights, heights[0]]), strict=True):
+        if (low > height and high > height) or (low < height and high < height):
+            continue
         if (a[1] > p[1]) == (b[1] > p[1]) and not _between(p, a, b):
             continue
         turn = _turn(a, b, p)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from dovetail.errors import DataError, UserError
 from dovetail.stats.ngram.counts import Counts, count, count_file
-from dovetail.stats.ngram.sentences import sentences_of, stream_of, vocabulary_of
+from dovetail.stats.ngram.sentences import marked, marks_inside, sentences_of, stream_of, vocabulary_of
 from dovetail.stats.ngram.smoothing import Smoothing, StupidBackoff, estimate, smoothing_of
 from dovetail.stats.ngram.trie import Ints, Trie
 from dovetail.stats.ngram.vocabulary import BOS, EOS, SPECIAL, UNK, Unit, Vocabulary
 
 Floats = NDArray[np.float64]
 _PIECE = 1 << 17  # ids scored at a time
+_LONG = 1 << 14  # characters of a text from which its words are looked up all at once
 
 
 class SentenceScore(NamedTuple):
@@ -143,14 +144,15 @@ class NGram:
         """The model's own ids of tokens, for `score`: strings (T,) or an array of integers of any shape."""
         return self.vocabulary.encode(tokens)
 
-    def score(self, ids: Any) -> Any:
+    def score(self, ids: Any, begins: NDArray[np.bool_] | None = None) -> Any:
         """log p of every id given those before it in its row, in nats: ids (T,) or (B, T) of `encode` -> float64.
 
-        The first of a row has no context; id 1 (<s>) begins a sentence and scores -inf or what a file says. Takes an
-        array or a tensor and gives the same. Raises DataError for ids outside the vocabulary.
+        The first of a row has no context; id 1 (<s>) begins a sentence and scores -inf or what a file says. begins: in
+        the shape of ids, where nothing before is context either. Takes an array or a tensor and gives the same. Raises
+        DataError for ids outside the vocabulary.
         """
         if isinstance(ids, torch.Tensor):
-            return torch.from_numpy(self.score(ids.detach().cpu().numpy())).to(ids.device)
+            return torch.from_numpy(self.score(ids.detach().cpu().numpy(), begins)).to(ids.device)
         given = np.asarray(ids, dtype=np.int64)
         if given.ndim not in (1, 2):
             raise DataError(f"ids of shape {given.shape}", remedy="give (tokens,) or (rows, tokens)")
@@ -161,7 +163,7 @@ class NGram:
                 f"ids from {given.min()} to {given.max()}",
                 remedy=f"give ids of encode, 0 to {len(self.vocabulary) - 1}",
             )
-        first = np.zeros(given.size, dtype=bool)
+        first = np.zeros(given.size, dtype=bool) if begins is None else np.array(begins, dtype=bool).reshape(given.size)
         first[:: given.shape[-1]] = True
         return self._stream(np.ascontiguousarray(given).ravel(), first).reshape(given.shape)
 
@@ -270,7 +272,10 @@ class NGram:
     def _flat(self, tokens: Any) -> tuple[Ints, Ints]:
         """Ids of all sentences one after another, each from its <s> to its </s>; and where the <s> are."""
         begin, end = SPECIAL[BOS], SPECIAL[EOS]
-        if isinstance(tokens, str) and self.unit == "word":  # the same as below in one split
+        if isinstance(tokens, str) and self.unit == "word":  # the same as below at once, or in one split
+            found = self.vocabulary.lines(tokens) if len(tokens) >= _LONG else None
+            if found is not None:
+                return marked(*found)
             sentences = [line for line in tokens.split("\n") if line and not line.isspace()]
             flat = self.encode(f"{begin} {f' {end} {begin} '.join(sentences)} {end}".split())
         elif self.vocabulary.integers:
@@ -285,7 +290,7 @@ class NGram:
             raise DataError("there are no tokens")
         begins = np.flatnonzero(flat == BOS)
         if len(begins) != len(sentences) or np.count_nonzero(flat == EOS) != len(sentences):
-            raise UserError("<s> or </s> among the tokens", remedy="leave them out: bos and eos say what is put there")
+            raise marks_inside()
         return flat, begins
 
     # What comes next

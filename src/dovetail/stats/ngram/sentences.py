@@ -60,3 +60,22 @@ def stream_of(sentences: Iterable[Any], vocabulary: Vocabulary) -> Iterator[Ints
                 raise DataError("<s> or </s> among the tokens", remedy="leave them out: fit puts them there")
             yield ids
         yield np.array([EOS])
+
+
+def marked(ids: Ints, begins: Ints) -> tuple[Ints, Ints]:
+    """Ids of sentences that begin at `begins` (S,), none of them empty, each from its <s> to its </s>; and where the <s>
+    are. Raises DataError for nothing, UserError for <s> or </s> among the ids."""
+    if not len(ids):
+        raise DataError("there are no tokens")
+    if bool(((ids == BOS) | (ids == EOS)).any()):
+        raise marks_inside()
+    number = np.arange(len(begins))
+    flat = np.empty(len(ids) + 2 * len(begins), dtype=np.int64)
+    flat[np.arange(len(ids)) + np.repeat(2 * number + 1, np.diff(begins, append=len(ids)))] = ids
+    first = begins + 2 * number
+    flat[first], flat[np.append(first[1:], len(flat)) - 1] = BOS, EOS
+    return flat, first
+
+
+def marks_inside() -> UserError:
+    return UserError("<s> or </s> among the tokens", remedy="leave them out: bos and eos say what is put there")

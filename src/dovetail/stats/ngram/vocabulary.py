@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dovetail.errors import DataError, UserError, did_you_mean
+from dovetail.stats.ngram.lookup import Words
 
 Ints = NDArray[np.int64]
 Unit = Literal["word", "character", "byte"]
@@ -41,6 +42,7 @@ class Vocabulary:
 
     def __init__(self, tokens: Iterable[str] | int):
         self.integers = isinstance(tokens, int)
+        self._words: Words | None = None
         if isinstance(tokens, int):
             if tokens < 1:
                 raise DataError(f"a vocabulary of {tokens} integers", remedy="give at least 1")
@@ -83,6 +85,14 @@ class Vocabulary:
             raise UserError("this model's tokens are integers", remedy="give the ids that its tokenizer gives")
         found = found.astype(np.int64)
         return np.where((found >= 0) & (found < self.size), found + 3, UNK)
+
+    def lines(self, text: str) -> tuple[Ints, Ints] | None:
+        """(ids of the words of a text (T,), where its lines begin): `lookup.Words.of`. None for integers too."""
+        if self.integers:
+            return None
+        if self._words is None:
+            self._words = Words(self.names, UNK)
+        return self._words.of(text)
 
     def decode(self, ids: Iterable[int]) -> list[Any]:
         """Tokens of ids: strings, or integers with the three special ones as their names."""

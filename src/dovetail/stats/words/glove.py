@@ -70,14 +70,14 @@ def glove_vectors(
     for epoch in range(options.epochs):
         for pairs in torch.randperm(len(row), generator=rng).to(device).split(options.batch):
             ids = row[pairs], column[pairs]
-            w, c = (table[i] for table, i in zip(tables, ids, strict=True))
+            w, c = (table.index_select(0, i) for table, i in zip(tables, ids, strict=True))
             gradients = glove_gradient(w, c, log_x[pairs], weight[pairs])
             for table, square, i, gradient in zip(tables, squares, ids, gradients, strict=True):
                 rows, where = i.unique(return_inverse=True)
                 summed = gradient.new_zeros(len(rows), dim + 2).index_add_(0, where, gradient)
-                total = square[rows].add_(summed.square())
-                square[rows] = total
-                table.index_add_(0, rows, summed / total.sqrt(), alpha=-options.lr)
+                total = square.index_select(0, rows).add_(summed.square())
+                square.index_copy_(0, rows, total)
+                table.index_add_(0, rows, summed.div_(total.sqrt_()), alpha=-options.lr)
         if progress is not None:
             progress((epoch + 1) * len(row), options.epochs * len(row))
     vectors = (tables[0] + tables[1])[:, :dim].cpu()

@@ -77,13 +77,10 @@ def skipgram_gradient(x: Tensor, p: Tensor, label: Tensor, on_path: Tensor, pair
     return dx, g @ near.mT
 
 
-def cbow_gradient(x: Tensor, mean: Tensor, p: Tensor, label: Tensor, on_path: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, dp) of -log p: the mean of a window's input vectors predicts the path of the word in its middle.
+def cbow_gradient(h: Tensor, p: Tensor, label: Tensor, on_path: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (dh, dp) of -log p: the mean of a window's input vectors predicts the path of the word in its middle.
 
-    x: (n, C, d) input vectors of tiles of T words and their surroundings. mean: (n, T, C), 1 / size of the window
-    inside it; a row of 0 leaves its word out. p: (n T, L, d); label, on_path: (n T, L).
+    h: (B, d) means, 0 for a word that is left out. p: (B, L, d); label, on_path: (B, L).
     """
-    h = (mean @ x).flatten(0, 1)
     g = (p @ h[..., None])[..., 0].sigmoid_().sub_(label).mul_(on_path)
-    dh = (g[:, None] @ p).view(*mean.shape[:2], -1)
-    return mean.mT @ dh, g[..., None] * h[:, None]
+    return (g[:, None] @ p)[:, 0], g[..., None] * h[:, None]

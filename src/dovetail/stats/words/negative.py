@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def skipgram_gradient(x: Tensor, y: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, dy) of a tile's loss, summed over its pairs: every word predicts the words of its window.
+def skipgram_gradient(x: Tensor, y: Tensor, mask: Tensor, weight: Tensor, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`rate` times the gradients (dx, dy) of a tile's loss, summed over its pairs: every word predicts the words of its window.
 
     x: (n, T, d) input vectors of the words. y: (n, C + M, d) output vectors of the halo's C words, then of M noise
     words. mask: (n, T, C), 1 for a pair. weight: (n, T), of one noise term: pairs of the word times k / M.
@@ -21,21 +21,23 @@ def skipgram_gradient(x: Tensor, y: Tensor, mask: Tensor, weight: Tensor) -> tup
     g = (x @ y.mT).sigmoid_()  # d loss / d score: σ - 1 for a pair, weight·σ for noise
     g[..., :halo].sub_(1).mul_(mask)
     g[..., halo:].mul_(weight[..., None])
+    g.mul_(rate)  # a third of the numbers that the gradients have
     return g @ y, g.mT @ x
 
 
-def cbow_gradient(x: Tensor, mean: Tensor, y: Tensor, z: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dx, dy, dz) of a tile's loss: the mean of a window's input vectors predicts the word in its middle.
+def cbow_gradient(h: Tensor, y: Tensor, z: Tensor, weight: float, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`rate` times the gradients (dh, dy, dz) of tiles' loss: the mean of a window's input vectors predicts the word in
+    its middle.
 
-    x: (n, C, d) input vectors of the halo. mean: (n, T, C), 1 / size of the window inside it; a row of 0 leaves its
-    word out. y: (n, T, d) output vectors of the words; z: (n, M, d) of noise. weight: of a noise term, k / M.
-    The mean's own 1 / size is in dx, which word2vec and gensim leave out (İrsoy et al. 2021, eq. 5).
+    h: (n T, d) means, 0 for a word that is left out. y: (n T, d) output vectors of the words; z: (n, M, d) of noise.
+    weight: of a noise term, k / M. The mean's own 1 / size belongs into the input vectors' gradient (`means_gradient`),
+    which word2vec and gensim leave out (İrsoy et al. 2021, eq. 5).
     """
-    h = mean @ x
-    g_y = (h * y).sum(-1, keepdim=True).sigmoid_().sub_(1)
-    g_z = (h @ z.mT).sigmoid_().mul_(weight)
-    dh = torch.baddbmm(g_y * y, g_z, z)
-    return mean.mT @ dh, g_y * h, g_z.mT @ h
+    tiles = h.view(len(z), -1, h.shape[1])
+    g_y = (h * y).sum(-1, keepdim=True).sigmoid_().sub_(1).mul_(rate)
+    g_z = (tiles @ z.mT).sigmoid_().mul_(weight * rate)
+    dh = torch.baddbmm((g_y * y).view_as(tiles), g_z, z)
+    return dh.view_as(h), g_y * h, g_z.mT @ tiles
 
 
 def noise_words(cumulative: Tensor, shape: tuple[int, int], rng: torch.Generator) -> Tensor:

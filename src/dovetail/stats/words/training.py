@@ -19,12 +19,16 @@ from torch import Tensor
 from dovetail.errors import DivergedError, UserError
 from dovetail.stats.words import hierarchical, negative
 from dovetail.stats.words.vocabulary import Corpus
-from dovetail.stats.words.windows import Windows, bands, windows
+from dovetail.stats.words.windows import Windows, bands, means, means_gradient, windows
 
 STRETCH = 65_536  # tokens whose windows are prepared at once; no window crosses a stretch's ends
-TILE = 32  # words whose pairs come out of one product
+TILE_SKIPGRAM, TILE_CBOW = (
+    32,
+    64,
+)  # words that share their noise words; of skip-gram, whose pairs come out of one product
 # Noise words of a tile. A word of skip-gram has a noise word for each of its pairs to learn from, one of CBOW five.
 SHARED_SKIPGRAM, SHARED_CBOW = 32, 16
+PLACES = 16  # words of CBOW whose means come out of one product
 # Pairs of a step that a node of the tree learns from in full. The root is on every path: the sum of a whole batch's
 # gradients, all taken at the same point, would overshoot, so beyond this it counts as so many of their mean.
 FULL = 32
@@ -129,7 +133,9 @@ class _Model:
         self.lr = options.lr or (0.075 if options.cbow else 0.025)
         gpu, hierarchic = device.type != "cpu", options.loss == "hierarchical"
         single = hierarchic and not options.cbow  # reads windows by distance instead of by tiles
-        self.bands = bands(1 if single else TILE, options.window, mean=options.cbow).to(device)
+        self.tile = TILE_CBOW if options.cbow else TILE_SKIPGRAM
+        places = PLACES if options.cbow else 1 if single else TILE_SKIPGRAM
+        self.bands = bands(places, options.window, mean=options.cbow).to(device)
         if hierarchic:
             self.paths = hierarchical.huffman(vocabulary.counts).to(device)
             self.batch = options.batch or (1024 if gpu else 128)
@@ -141,15 +147,15 @@ class _Model:
             self.noise = vocabulary.noise(power).cumsum(0).to(device)
             self.negative = options.negative or 5
             self.shared = SHARED_CBOW if options.cbow else SHARED_SKIPGRAM
-            self.batch = options.batch or (8192 if gpu else 512)
+            self.batch = options.batch or (8192 if gpu else 1024 if options.cbow else 512)
             self.step = self._negative_cbow if options.cbow else self._negative_skipgram
 
     def stretch(self, number: int, epoch: int, at: int, total: int) -> int:
         """Trains on tokens at..at + STRETCH of the epoch; how many they are."""
         ids, sentence = self.ids[at : at + STRETCH], self.sentence[at : at + STRETCH]
         rng = torch.Generator(self.device).manual_seed((self.seed * 1_000_003 + number) & (2**63 - 1))
-        text = windows(ids, sentence, self.kept, self.options.window, TILE, rng)
-        tiles, each = len(text.left), max(1, self.batch // TILE)
+        text = windows(ids, sentence, self.kept, self.options.window, self.tile, rng)
+        tiles, each = len(text.left), max(1, self.batch // self.tile)
         before = epoch * len(self.ids) + at
         for start in range(0, tiles, each):
             stop = min(start + each, tiles)
@@ -163,19 +169,19 @@ class _Model:
         others = torch.cat([text.halos(start, stop), noise], 1)
         weight = text.sizes(start, stop) * (self.negative / self.shared)
         x, y = _rows(self.inputs, centres), _rows(self.outputs, others)
-        dx, dy = negative.skipgram_gradient(x, y, text.rows(self.bands, start, stop), weight)
-        _descend(self.inputs, centres, dx, lr)
-        _descend(self.outputs, others, dy, lr)
+        dx, dy = negative.skipgram_gradient(x, y, text.rows(self.bands, start, stop), weight, -lr)
+        _add(self.inputs, centres, dx)
+        _add(self.outputs, others, dy)
 
     def _negative_cbow(self, text: Windows, start: int, stop: int, lr: float, rng: torch.Generator) -> None:
-        centres, halos = text.centres(start, stop), text.halos(start, stop)
+        centres, near = text.centres(start, stop).flatten(), text.near(start, stop)
         noise = negative.noise_words(self.noise, (stop - start, self.shared), rng)
-        x, y, z = _rows(self.inputs, halos), _rows(self.outputs, centres), _rows(self.outputs, noise)
+        x, y, z = _rows(self.inputs, near), _rows(self.outputs, centres), _rows(self.outputs, noise)
         mean = text.rows(self.bands, start, stop)
-        dx, dy, dz = negative.cbow_gradient(x, mean, y, z, self.negative / self.shared)
-        _descend(self.inputs, halos, dx, lr)
-        _descend(self.outputs, centres, dy, lr)
-        _descend(self.outputs, noise, dz, lr)
+        dh, dy, dz = negative.cbow_gradient(means(x, mean), y, z, self.negative / self.shared, -lr)
+        _add(self.inputs, near, means_gradient(dh, mean))
+        _add(self.outputs, centres, dy)
+        _add(self.outputs, noise, dz)
 
     def _hierarchical_skipgram(self, text: Windows, start: int, stop: int, lr: float, rng: torch.Generator) -> None:
         near = text.near(start, stop)
@@ -183,16 +189,16 @@ class _Model:
         x, p = _rows(self.inputs, near), _rows(self.outputs, node)
         pair = text.rows(self.bands, start, stop).flatten(0, 1)
         dx, dp = hierarchical.skipgram_gradient(x, p, label, on_path, pair)
-        _descend(self.inputs, near, dx, lr)
-        _descend(self.outputs, node, dp.mul_(rate[..., None]), lr)
+        _add(self.inputs, near, dx.mul_(-lr))
+        _add(self.outputs, node, dp.mul_(-lr * rate[..., None]))
 
     def _hierarchical_cbow(self, text: Windows, start: int, stop: int, lr: float, rng: torch.Generator) -> None:
-        halos = text.halos(start, stop)
+        near, mean = text.near(start, stop), text.rows(self.bands, start, stop)
         node, label, on_path, rate = self._paths(text, start, stop)
-        x, p = _rows(self.inputs, halos), _rows(self.outputs, node)
-        dx, dp = hierarchical.cbow_gradient(x, text.rows(self.bands, start, stop), p, label, on_path)
-        _descend(self.inputs, halos, dx, lr)
-        _descend(self.outputs, node, dp.mul_(rate[..., None]), lr)
+        x, p = _rows(self.inputs, near), _rows(self.outputs, node)
+        dh, dp = hierarchical.cbow_gradient(means(x, mean), p, label, on_path)
+        _add(self.inputs, near, means_gradient(dh, mean).mul_(-lr))
+        _add(self.outputs, node, dp.mul_(-lr * rate[..., None]))
 
     def _paths(self, text: Windows, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(n T, L) each: nodes of the words' paths, labels, whether they count, rates; L is the longest among them."""
@@ -209,10 +215,9 @@ def _rows(table: Tensor, ids: Tensor) -> Tensor:
     return table.index_select(0, ids.reshape(-1)).view(*ids.shape, -1)
 
 
-def _descend(table: Tensor, ids: Tensor, gradient: Tensor, lr: float) -> None:
-    """table[ids] -= lr gradient, rows that come twice twice. On a CPU this takes 60% of index_add_'s time."""
-    rows = ids.reshape(-1, 1).expand(-1, table.shape[1])
-    table.scatter_add_(0, rows, gradient.reshape(-1, table.shape[1]).mul_(-lr))
+def _add(table: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """table[ids] += rows, those that come twice twice. On a CPU this takes 60% of index_add_'s time."""
+    table.scatter_add_(0, ids.reshape(-1, 1).expand(-1, table.shape[1]), rows.reshape(-1, table.shape[1]))
 
 
 @contextmanager
