@@ -18,6 +18,7 @@ from dovetail.hub.remote import resolve
 from dovetail.report import arms, html, render
 from dovetail.report.cost import Cost, Job, costs, machine, versions
 from dovetail.report.measure import computed_in, device_of, dtype_of, in_dtype
+from dovetail.report.ngram_rival import ngrams_beside
 from dovetail.report.plain import plain
 from dovetail.report.recipe import Comparison, tokens_of
 from dovetail.report.results import ArmResult, Result, Sample, first_of_length, named
@@ -44,7 +45,8 @@ def compare(
     recipe: a YAML file or plain data (see `Comparison`). overrides: `data.tokens=8192`, `arms.0.length=2x`.
     out: a folder, replaced as a whole once all is measured; the recipe's own unless given. quiet: nothing on the
     terminal. Every arm is scored on the same tokens, in rows (R, length + 1) of its own length that lie within one
-    document. Units: losses and divergences in nats/token, rates in tokens/s (batch 1), memory and state in bytes.
+    document; n-grams are asked the same, where the recipe has them. Units: losses and divergences in nats/token, rates in
+    tokens/s (batch 1), memory and state in bytes.
     Raises SpecError for a recipe that does not fit, CheckpointError and ConfigError for a model that does not load,
     DataError for a text too short, RunError for losses that are not finite or a full disk.
     """
@@ -59,7 +61,7 @@ def compare(
     console = Console(stderr=True, quiet=quiet)
     bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading", total=len(asked.arms) + 3)
+        task = progress.add_task("reading", total=len(asked.arms) + 4)
 
         def begin(what: str, done: int) -> None:
             progress.update(task, description=what, completed=done)
@@ -91,11 +93,14 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
     for i, arm in enumerate(asked.arms):
         say = lambda what, i=i: begin(what, 1 + i)  # noqa: E731
         trials.append(arms.run(model, arm, rows[lengths[arm.name]], asked.seeds, stride=stride, tell=say))
-    begin("timing", len(asked.arms) + 1)
+    begin("n-grams", len(asked.arms) + 1)
+    fingerprint = corpus.fingerprint()
+    ngram = None if asked.ngram is None else ngrams_beside(asked.ngram, tokenizer, rows, trials, fingerprint)
+    begin("timing", len(asked.arms) + 2)
     jobs = {t.arm.name: Job(t.models[t.last], longest[:1, : t.see or t.length]) for t in trials}
     peers = first_of_length({t.arm.name: t.length for t in trials})
     spent = costs(jobs, against=peers, **dict(asked.speed))
-    begin("samples", len(asked.arms) + 2)
+    begin("samples", len(asked.arms) + 3)
     found = tuple(_arm(trial, stage, spent[trial.arm.name], model) for trial in trials for stage in trial.nats)
     size = spent[asked.arms[0].name].size.parameters
     return Result(
@@ -111,7 +116,7 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
         spec=model.spec.to_dict(),
         text={
             "corpus": corpus.to_dict(),
-            "text_sha256": corpus.fingerprint(),
+            "text_sha256": fingerprint,
             "tokens_sha256": tokens_hash(longest),
             "tokens": longest.shape[0] * (longest.shape[1] - 1),
         },
@@ -122,6 +127,7 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
         samples_are=f"greedy, {asked.sample_tokens} tokens, from a model of {size:,} parameters; no measure of quality",
         recipe=plain(asked),
         out=out,
+        ngram=ngram,
     )
 
 

@@ -42,7 +42,8 @@ def page(found: Result | Report) -> str:
 
 def _comparison(result: Result) -> str:
     before = {arm.name: arm.name.removesuffix(f", {arm.stage}") for arm in result.arms if arm.stage == "healed"}
-    colours = plots.palette([arm.name for arm in result.arms], before)
+    ngram = result.ngram
+    colours = plots.palette([arm.name for arm in result.arms] + ([] if ngram is None else [ngram.name]), before)
     rivals = {v.rival if v.stage == "as it is" else f"{v.rival}, {v.stage}" for v in result.verdicts}
     lengths = list(dict.fromkeys(arm.length for arm in result.arms))
     body = [
@@ -60,6 +61,7 @@ def _comparison(result: Result) -> str:
         *(_quality_cost([a for a in result.arms if a.length == n], n, colours, before, rivals) for n in lengths),
         "<h2>Orders</h2>"
         + (_verdicts(result.verdicts) or "<p>No arm of this recipe names a rival.</p>")
+        + ("" if ngram is None else f"<p>{escape(ngram.said)}</p>{_verdicts(ngram.verdicts, staged=False)}")
         + f'<p class="soft">{escape(result.claims)}</p>',
         "<h2>What was changed</h2>" + (_changed(result.arms) or "<p>Nothing was swapped.</p>"),
         "<h2>Text, model, recipe</h2>" + _sources(result),
@@ -113,6 +115,12 @@ def _by_position(result: Result, length: int, colours: Mapping[str, str], healed
         )
         for arm in here
     }
+    if result.ngram is not None:
+        of = result.ngram.at(length)
+        series[result.ngram.name] = (
+            [(b.start + b.stop - 1) / 2 for b in of.by_position],
+            [b.nats for b in of.by_position],
+        )
     mark = result.context if result.context is not None and result.context < length else None
     plot = plots.lines(
         series,
@@ -130,6 +138,10 @@ def _by_position(result: Result, length: int, colours: Mapping[str, str], healed
         spread = "unknown" if arm.spread is None else f"{arm.spread:.4f}" if arm.spread else "no seed matters"
         cells = [f"{b.nats:.3f}" for b in merged(arm.by_position())]
         rows.append([arm.name, f"{arm.nats:.4f}", spread, ", ".join(map(str, arm.seeds)), *cells, said(arm.kl, 4)])
+    if result.ngram is not None:
+        of = result.ngram.at(length)
+        cells = [f"{b.nats:.3f}" for b in merged(of.by_position)]
+        rows.append([result.ngram.name, f"{of.nats:.4f}", "no seed matters", "-", *cells, "-"])
     tokens = here[0].quality[0].tokens
     note = (
         f'<p class="soft">{tokens:,} tokens scored, the same for every arm; averages over seeds. KL is over rows within '
@@ -223,14 +235,15 @@ def _quality_cost(
     return f"<h2>Quality against cost: rows of {length} tokens</h2>" + body
 
 
-def _verdicts(verdicts: Iterable[Verdict]) -> str:
+def _verdicts(verdicts: Iterable[Verdict], staged: bool = True) -> str:
+    """staged: whether the rival went through the arm's stage too."""
     rows = []
     for v in verdicts:
         stage = "" if v.stage == "as it is" else f", {v.stage}"
         spread = "unknown: one seed" if v.spread is None else f"{v.spread:.4f}"
         error = "unknown: one row" if v.error is None else f"{v.error:.4f}"
         word = f'<span class="{v.outcome.split()[0]}">{escape(v.outcome)}</span>'
-        rows.append([escape(v.arm + stage), word, escape(v.rival + stage), f"{v.gap:+.4f}", spread, error])
+        rows.append([escape(v.arm + stage), word, escape(v.rival + stage * staged), f"{v.gap:+.4f}", spread, error])
     head = ["arm", "outcome", "rival", "gap, nats/token", "spread over seeds", "error over rows"]
     return table(head, rows, safe=True) if rows else ""
 

@@ -13,6 +13,7 @@ from dovetail.errors import SpecError, did_you_mean
 from dovetail.objectives.next_token import NextToken
 from dovetail.spec.categories import CorpusPart, ObjectivePart, StoragePart
 from dovetail.spec.spec import validate
+from dovetail.stats.ngram.counts import MOST_ORDER
 from dovetail.training.recipe import Section, Train, overridden
 
 Length = int | str  # tokens, or a multiple of the trained context such as "4x"
@@ -91,16 +92,36 @@ class Speed(Section):
     seconds: float = Field(default=20.0, gt=0, strict=False)
 
 
+class NGrams(Section):
+    """The trivial rival of every language model: interpolated modified Kneser-Ney n-grams of the training text, in the
+    same tokens, asked the same questions. order: n."""
+
+    order: int = Field(default=5, ge=1, le=MOST_ORDER)
+
+    @property
+    def name(self) -> str:
+        """What it is called in a report."""
+        return f"{self.order}-gram"
+
+
+class NGramsOf(NGrams):
+    """data: the text that is counted, as near to what the checkpoint was trained on as there is."""
+
+    data: CorpusPart
+
+
 class Comparison(Section):
     """name: of the report. seeds: of whatever is random (what starts anew, the order of healing's rows).
 
-    samples: prompts that every arm goes on with. stride: step of truncated windows; half of them unless given.
+    ngram: n-grams beside the arms, and how each stands to them. samples: prompts that every arm goes on with. stride:
+    step of truncated windows; half of them unless given.
     """
 
     name: str
     model: Model
     data: Data
     arms: tuple[Arm, ...] = Field(min_length=1)
+    ngram: NGramsOf | None = None
     seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
     stride: Length | None = None
     speed: Speed = Speed()
@@ -121,6 +142,10 @@ class Comparison(Section):
             raise ValueError("stride has no effect: no arm is truncated")
         if "sample_tokens" in self.model_fields_set and not self.samples:
             raise ValueError("sample_tokens has no effect: there are no samples")
+        if self.ngram is not None and self.ngram.name in names:
+            raise ValueError(f"{self.ngram.name!r} is what the n-grams are called, and an arm is called that")
+        if self.ngram is not None and self.ngram.data == self.data.corpus:
+            raise ValueError("the n-grams would be counted on the text that they are scored on")
         for arm in self.arms:
             if arm.heal is not None and arm.storage is not None:
                 raise ValueError(f"{arm.name!r} keeps its weights in codes, which cannot be trained; leave heal out")
@@ -142,7 +167,7 @@ class Comparison(Section):
         """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError for a bad key or value."""
         where = str(source) if isinstance(source, (str, Path)) else "recipe"
         fields = overridden(source, overrides, Comparison.model_fields, "recipes/first.yaml")
-        for name, section in (("model", Model), ("data", Data), ("speed", Speed)):
+        for name, section in (("model", Model), ("data", Data), ("ngram", NGramsOf), ("speed", Speed)):
             if isinstance(fields.get(name), dict):
                 fields[name] = validate(section, fields[name], where=f"{where}: {name}")
         if isinstance(fields.get("arms"), list):

@@ -70,6 +70,18 @@ def verdict_lines(verdicts: Iterable[Verdict]) -> list[Text]:
     return out
 
 
+def outcome_lines(verdicts: Iterable[Verdict]) -> list[Text]:
+    """A line for all arms that stand alike to the same rival, each with its gap in nats/token."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for v in verdicts:
+        stage = "" if v.stage == "as it is" else f", {v.stage}"
+        alike.setdefault((v.outcome, v.rival), []).append(f"{v.arm}{stage} ({v.gap:+.4f})")
+    return [
+        Text.assemble((outcome, _MARK[outcome]), f" ({rival}): {'; '.join(arms)}")
+        for (outcome, rival), arms in alike.items()
+    ]
+
+
 def merged(buckets: Sequence[Bucket], count: int = 4) -> list[Bucket]:
     """Neighbours put together until at most `count` are left."""
     per = -(-len(buckets) // count)

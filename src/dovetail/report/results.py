@@ -14,6 +14,7 @@ from rich.text import Text
 from dovetail.report.arms import Stage, Verdict
 from dovetail.report.cost import Cost
 from dovetail.report.measure import Bucket, Layers, Quality
+from dovetail.report.ngram_rival import NGramResult
 from dovetail.report.plain import plain
 from dovetail.report.render import (
     as_text,
@@ -24,6 +25,7 @@ from dovetail.report.render import (
     layer_cells,
     left_out,
     merged,
+    outcome_lines,
     rate,
     said,
     si,
@@ -140,7 +142,7 @@ class Result:
     """Everything that a comparison found.
 
     context: trained length in tokens. spec: of the model as it is. text: corpus, hashes and tokens scored. dtype: of
-    the weights, what is computed in, and of the state.
+    the weights, what is computed in, and of the state. ngram: None where the recipe asks for none.
     """
 
     name: str
@@ -160,6 +162,7 @@ class Result:
     samples_are: str
     recipe: Mapping[str, Any]
     out: str
+    ngram: NGramResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON, with `rows` in the format of docs/results."""
@@ -188,11 +191,12 @@ def _rows(result: Result) -> list[dict[str, Any]]:
     by_name = {arm.name: arm for arm in result.arms}
     peers = first_of_length({arm.name: arm.length for arm in result.arms})
     out: list[dict[str, Any]] = []
-    for v in result.verdicts:
-        ours, theirs = by_name[named(v.arm, v.stage)], by_name[named(v.rival, v.stage)]
-        row = {"case": ours.name, "metric": "nats/token", "ours": ours.nats, "spread": v.spread, "peer": theirs.name}
-        ratio = theirs.nats / ours.nats if ours.nats else None
-        out.append(row | {"theirs": theirs.nats, "ratio": ratio, "seeds": list(ours.seeds), "outcome": v.outcome})
+    for v in (*result.verdicts, *(result.ngram.verdicts if result.ngram else ())):
+        ours, theirs = by_name[named(v.arm, v.stage)], by_name.get(named(v.rival, v.stage))
+        peer, nats = (v.rival, ours.nats + v.gap) if theirs is None else (theirs.name, theirs.nats)  # n-grams: no arm
+        row = {"case": ours.name, "metric": "nats/token", "ours": ours.nats, "spread": v.spread, "peer": peer}
+        ratio = nats / ours.nats if ours.nats else None
+        out.append(row | {"theirs": nats, "ratio": ratio, "seeds": list(ours.seeds), "outcome": v.outcome})
     for arm in result.arms:
         for kind in ("prefill", "decode"):
             first = by_name[peers[arm.name]]
@@ -313,11 +317,16 @@ def _comparison(result: Result) -> Group:
             spread = "?" if arm.spread is None else f"{arm.spread:.4f}" if arm.spread else "-"
             nats = (f"{b.nats:.3f}" for b in merged(arm.by_position()))
             table.add_row(arm.name, f"{arm.nats:.4f}", spread, *nats, said(arm.kl, 4))
+        if result.ngram is not None:
+            of = result.ngram.at(length)
+            table.add_row(
+                result.ngram.name, f"{of.nats:.4f}", "-", *(f"{b.nats:.3f}" for b in merged(of.by_position)), "-"
+            )
         lines.append(table)
     legend = (
         "spread: over seeds, ? where one seed cannot tell it. KL: from the model as it was, within its trained context."
     )
-    lines.append(Text(legend, style="dim"))
+    lines.append(Text(legend if result.ngram is None else f"{legend} {result.ngram.said}", style="dim"))
     apart = [arm for arm in result.arms if arm.layers is not None]
     if any(arm.layers.errors for arm in apart if arm.layers is not None):
         lines += [Text(""), _layers(apart)]
@@ -328,6 +337,7 @@ def _comparison(result: Result) -> Group:
         Text(""),
         Text("orders", style="bold"),
         *verdict_lines(result.verdicts),
+        *([] if result.ngram is None else outcome_lines(result.ngram.verdicts)),
         Text(result.claims, style="dim"),
         Text(""),
     ]

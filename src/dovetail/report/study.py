@@ -28,6 +28,7 @@ from dovetail.hub.remote import resolve
 from dovetail.report import clock, study_page
 from dovetail.report.cost import machine, state_bytes, versions
 from dovetail.report.lengths import Lengths, examine
+from dovetail.report.ngram_rival import ngram_of_training
 from dovetail.report.plain import plain
 from dovetail.report.scores import generate_scores, nearest, questions, score
 from dovetail.report.study_page import Curve, Found, Row
@@ -105,6 +106,10 @@ def study(
         rival = Row(
             "nearest training pair", {k: (v, 0.0) for k, v in _nearest(asked, asked.generate).items()}, 0, 0, {}
         )
+    if asked.ngram is not None:
+        ngram, nats, said = ngram_of_training(asked.ngram, asked.recipe(asked.arms[0], 0))
+        rival = Row(ngram, {"nats": (nats, 0.0)}, 0, 0, {})
+        more["note"] = f"{more.get('note', '')} {said}".strip()
     if asked.labelled and asked.claimed == "accuracy":
         rival = Row("nearest class mean", {"accuracy": (_nearest_mean(asked), 0.0)}, 0, 0, {})
     result = Found(

@@ -13,9 +13,11 @@ from pydantic import Field, model_validator
 from dovetail.data import Pairs
 from dovetail.errors import SpecError, did_you_mean
 from dovetail.objectives.classification import Classification
+from dovetail.objectives.next_token import NextToken
 from dovetail.report import clock as clocks
 from dovetail.report.clock import Clock
 from dovetail.report.lengths import Lengths, Variant
+from dovetail.report.recipe import NGrams
 from dovetail.sampling import Sampling
 from dovetail.spec.categories import CorpusPart
 from dovetail.spec.spec import validate
@@ -90,7 +92,8 @@ class Study(Section):
     """name: of the report. base: a training recipe; its out and seed are the study's. seeds: every arm runs with each.
 
     base may be {model: DIRECTORY} alone: nothing is trained, an arm changes at most the model, and lengths ask it and
-    its variants. generate, lengths: what is asked, beside the loss on the held-out text. main: the metric on which
+    its variants. generate, lengths: what is asked, beside the loss on the held-out text. ngram: the trivial rival where
+    nothing else is: n-grams of the training text on the same held-out tokens. main: the metric on which
     orders are claimed; bleu where something is generated, token accuracy at the longest of lengths, accuracy of classes,
     else nats (of the held-out text).
     """
@@ -101,6 +104,7 @@ class Study(Section):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     generate: Generate | None = None
     lengths: Lengths | None = None
+    ngram: NGrams | None = None
     clock: Clock | None = None
     main: str | None = None
     published: tuple[Published, ...] = ()
@@ -119,15 +123,17 @@ class Study(Section):
             raise ValueError("what tells classes apart writes nothing: leave generate and lengths out")
         if self.generate is not None and self.lengths is not None:
             raise ValueError("a study asks for completions or at lengths, not both")
+        if self.ngram is not None and (self.generate or self.lengths or self.labelled or self.claimed != "nats"):
+            raise ValueError("n-grams have nats/token of a held-out text alone: leave ngram out, or what else is asked")
         for name in () if self.clock is None else (arm for race in self.clock.races.values() for arm in race):
             if name not in names:
                 raise ValueError(f"the clock names {name!r}, which is no arm; {did_you_mean(name, names)}")
         if self.lengths is None and any(arm.variants for arm in self.arms):
             raise ValueError("variants have no effect: only lengths ask them")
-        rows = self.rows
+        rows = self.rows + ([] if self.ngram is None else [self.ngram.name])
         twice = [name for name in rows if rows.count(name) > 1]
         if twice or len(self.truncated) > 1:
-            said = f"two variants are called {twice[0]!r}" if twice else "two variants are truncated, and one is enough"
+            said = f"two rows are called {twice[0]!r}" if twice else "two variants are truncated, and one is enough"
             raise ValueError(said)
         told = [(table.metric, name) for table in self.published for name in table.compared]
         if len(set(told)) < len(told):
@@ -198,7 +204,7 @@ class Study(Section):
         """From a YAML file or plain data, with `key.key=value` overrides. Raises SpecError; every arm is checked."""
         where = str(source) if isinstance(source, (str, Path)) else "recipe"
         fields = overridden(source, overrides, Study.model_fields, "recipes/table_to_text.yaml")
-        for name, section in (("generate", Generate), ("lengths", Lengths), ("clock", Clock)):
+        for name, section in (("generate", Generate), ("lengths", Lengths), ("ngram", NGrams), ("clock", Clock)):
             if isinstance(fields.get(name), dict):
                 fields[name] = validate(section, fields[name], where=f"{where}: {name}")
         if isinstance(fields.get("published"), dict):
@@ -226,6 +232,8 @@ class Study(Section):
             recipe = study.recipe(arm, 0)
             if study.clock is not None:
                 study.clock.check(recipe, arm.name)
+        if study.ngram is not None:
+            _ngram_fits(study, where)
         return study
 
 
@@ -250,6 +258,31 @@ def _only_asks(study: Study, where: str) -> None:
             raise SpecError(
                 f"{what} where nothing is trained", where=f"{where}: arm {arm.name!r}", remedy="use variants"
             )
+
+
+def _ngram_fits(study: Study, where: str) -> None:
+    """Raises SpecError where n-grams are not asked what every arm is asked."""
+    for arm in study.arms:
+        recipe, first = study.recipe(arm, 0), study.recipe(study.arms[0], 0)
+        if recipe.data.held_out is None or recipe.objective.kind != NextToken.kind:
+            said = (
+                "nothing is held out" if recipe.data.held_out is None else f"{recipe.objective.kind} is asked otherwise"
+            )
+        elif _questions(recipe) != _questions(first):
+            said = f"{study.arms[0].name!r} is asked another text, or in other tokens or rows"
+        else:
+            continue
+        raise SpecError(
+            f"n-grams beside arm {arm.name!r}: {said}",
+            where=f"{where}: ngram",
+            remedy="leave ngram out, or train all arms by next_token on one text with one tokenizer",
+        )
+
+
+def _questions(recipe: Recipe) -> tuple[Any, ...]:
+    """All that the held-out tokens, and what they are asked from, depend on."""
+    t = recipe.train
+    return recipe.data, recipe.tokenizer or recipe.model, t.length, t.eval_batches and t.eval_batches * t.batch
 
 
 def model_of(asked: Study, arm: Arm) -> Any:
