@@ -21,7 +21,9 @@ from dovetail.parts.context import Context
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 NARROW = torch.bfloat16 if GPU else torch.float16
-runs = pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="interpreted where there is no GPU")
+runs = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="interpreted where there is no GPU"
+)
 SCALE = 0.7
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LongformerConfig
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
@@ -108,6 +108,7 @@ def test_the_algebra_is_sets(a: Mask, b: Mask, c: Mask) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(a=RULES, b=RULES, apart=st.booleans(), all_kept=st.booleans())
+@example(a=Prefix(length=3), b=Globals(length=2), apart=True, all_kept=False)
 def test_the_newest_query_needs_only_the_rest_of_the_rule(a: Mask, b: Mask, apart: bool, all_kept: bool) -> None:
     """for_newest over what a state holds (all of the past, or what the rule says) equals the rule's last row."""
     rule = Causal() & (a | b if apart else a & b)

@@ -175,7 +175,7 @@ def test_cases_take_turns_and_products_are_counted() -> None:
 def test_every_script_of_the_folder_is_a_benchmark_or_a_known_tool() -> None:
     known = bench.benchmarks()
     tools = {file.stem for file in bench.FOLDER.glob("*.py")} - set(known)
-    assert tools == {"common", "tuning", "adapter_sweep", "bundle"}
+    assert tools == {"common", "tuning", "adapter_sweep", "attention_sweep", "bundle"}
     assert all(b.about.endswith(".") and b.minutes > 0 for b in known.values())
 
 

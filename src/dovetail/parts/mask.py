@@ -342,8 +342,9 @@ class Or(Several):
         return _either([rule.span() for rule in self.each()])
 
     def for_newest(self, kept: Kept | None) -> Mask:
-        plain = all(type(r) in (Window, Prefix, Globals) for r in self.each())
-        whole = plain and kept is not None and kept == self.kept()
+        kinds = {type(r) for r in self.each()}
+        # Without a window the newest query does not see itself, and yet it is stored.
+        whole = Window in kinds <= {Window, Prefix, Globals} and kept is not None and kept == self.kept()
         return Full() if whole else self
 
     def kept(self) -> Kept | None:
