@@ -308,13 +308,10 @@ class And(Several):
 
     def span(self) -> Span | None:
         """Alternatives inside it are bounded by the others first: a window or sinks, both causal."""
-        plain: Span | None = Span()
-        for rule in self.each():
-            if not isinstance(rule, Or):
-                plain = _both(plain, rule.span())
+        plain = Span.of_all(rule.span() for rule in self.each() if not isinstance(rule, Or))
         for rule in self.each():
             if isinstance(rule, Or):
-                plain = _either([_both(plain, one.span()) for one in rule.each()])
+                plain = Span.of_any([Span.of_all([plain, one.span()]) for one in rule.each()])
         return plain
 
     def for_newest(self, kept: Kept | None) -> Mask:
@@ -339,7 +336,7 @@ class Or(Several):
         return seen
 
     def span(self) -> Span | None:
-        return _either([rule.span() for rule in self.each()])
+        return Span.of_any([rule.span() for rule in self.each()])
 
     def for_newest(self, kept: Kept | None) -> Mask:
         kinds = {type(r) for r in self.each()}
@@ -354,17 +351,6 @@ class Or(Several):
 
 
 _NEVER = -(2**30)  # how far back one sees where one sees nothing
-
-
-def _both(a: Span | None, b: Span | None) -> Span | None:
-    return None if a is None or b is None else a.both(b)
-
-
-def _either(spans: list[Span | None]) -> Span | None:
-    found = spans[0]
-    for span in spans[1:]:
-        found = None if found is None or span is None else found.either(span)
-    return found
 
 
 def narrowed(rule: Mask, extra: Mask | None, path: str) -> Mask:

@@ -6,7 +6,8 @@ documents apart (negative: padding); `positions` is what encodings read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -86,6 +87,16 @@ class Span(NamedTuple):
         if self.before is None or other.before is None:
             return Span(None, self.after, 0, self.apart)
         return Span(max(self.before, other.before), self.after, max(self.sinks, other.sinks), self.apart)
+
+    @staticmethod
+    def of_all(spans: Iterable[Span | None]) -> Span | None:
+        """What all of them see; None where one, or that, is no span."""
+        return functools.reduce(lambda a, b: None if a is None or b is None else a.both(b), spans, Span())
+
+    @staticmethod
+    def of_any(spans: Iterable[Span | None]) -> Span | None:
+        """What any of them (one or more) sees; None where one, or that, is no span."""
+        return functools.reduce(lambda a, b: None if a is None or b is None else a.either(b), spans)
 
 
 class Rule(Protocol):
