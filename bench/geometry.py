@@ -36,7 +36,8 @@ def measured(
     assert worst <= one.tolerance, (name, worst, one.tolerance)
     cases = sum(f.cases for f in found)
     if before is not None:
-        assert before["cases"] == batches.start * one.cases, (before["cases"], batches)
+        if before["cases"] != batches.start * one.cases:
+            raise SystemExit(f"{name}: {before['cases']:,} cases stand, batches {batches.start} on do not follow them")
         worst, cases = max(worst, before["ours"]), cases + before["cases"]
     return {
         "case": name, "metric": "worst error, 2^-53", "ours": worst, "peer": "tolerance", "theirs": one.tolerance,
