@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, main, row
+from common import ceilings, interleaved, main, often, row
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,14 +49,6 @@ def check() -> None:
 REPEAT = 10  # calls queued between two synchronisations, as in a real step
 
 
-def _often(run: Callable[[], Any]) -> Callable[[], None]:
-    def many() -> None:
-        for _ in range(REPEAT):
-            run()
-
-    return many
-
-
 def measure() -> Iterator[dict[str, Any]]:
     floor = round(ceilings("cuda").bf16_matmul_tflops)
     for B, H, T, D in ((4, 16, 4096, 128), (1, 16, 16384, 128), (4, 32, 4096, 64)):
@@ -76,11 +68,11 @@ def measure() -> Iterator[dict[str, Any]]:
         }
         case = f"causal B{B} H{H} T{T} D{D}"
         with torch.no_grad():
-            forward = interleaved({n: _often(run) for n, run in ways.items()}, rounds=10, warmup=2)
+            forward = interleaved({n: often(run, REPEAT) for n, run in ways.items()}, rounds=10, warmup=2)
         steps = {
             n: (lambda run=run, g=g, q=q, k=k, v=v: torch.autograd.grad(run(), (q, k, v), g)) for n, run in ways.items()
         }
-        both = interleaved({n: _often(run) for n, run in steps.items()}, rounds=10, warmup=2)
+        both = interleaved({n: often(run, REPEAT) for n, run in steps.items()}, rounds=10, warmup=2)
         for what, times, work in (("fwd", forward, flop), ("fwd+bwd", both, 3.5 * flop)):
             rate = {n: REPEAT * work / t[0] / 1e12 for n, t in times.items()}
             spread = round(rate["ours"] * times["ours"][1] / times["ours"][0], 1)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attention_triton import BF16, REPEAT, Case, inputs, learned, often, scored, workers
-from common import interleaved
+from attention_triton import BF16, REPEAT, Case, inputs, learned, scored
+from common import interleaved, often
+from tuning import workers
 
 from dovetail.kernels.attention.triton import launch, sizes
 
@@ -76,7 +77,7 @@ def sweep(kernels: list[str]) -> None:
                 print(f"{name} {width} {job[2]}: {failed[job]}")
                 continue
             for score in [None, "alibi"] if name == "attend table" else [None]:
-                seconds = interleaved({"": often(one(job, score))}, rounds=3, warmup=1)[""][0] / REPEAT
+                seconds = interleaved({"": often(one(job, score), REPEAT)}, rounds=3, warmup=1)[""][0] / REPEAT
                 times[job[2], score or ""] = seconds
         sizes.NARROW[name][width] = kept
         for (choice, score), seconds in sorted(times.items(), key=lambda item: item[1]):

@@ -6,25 +6,24 @@ beforehand (dense terms, block masks) is made outside of the clock, and so is ou
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from common import ceilings, interleaved, main, row
+from common import ceilings, interleaved, main, often, row
 from torch import Tensor
 from torch._inductor import config as inductor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from tuning import workers
 
 from dovetail.kernels.attention import BoundMask, Distance, Region, Score, Toeplitz, plan, reference, regions, triton
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Band, Beyond, Causal, Full, Mask, Prefix, Window
 
 BENCHMARK = {"device": "cuda", "packages": {"triton": "triton"}, "minutes": 2.5}
-WORKERS, REPEAT = 14, 10  # REPEAT: calls queued between two synchronisations, as in a real step
+REPEAT = 10  # calls queued between two synchronisations, as in a real step
 REACH = 128  # of a table like T5's: 32 buckets, all alike from this distance on
 SINKS = Causal() & (Window(size=300) | Prefix(length=4))
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -197,10 +196,6 @@ def _check_regions() -> None:
     assert max(errors) < TOLERANCE[BF16], errors
 
 
-def workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
-
-
 Way = tuple[Callable[[], Tensor], list[Tensor]]
 
 
@@ -282,8 +277,8 @@ def measure() -> Iterator[dict[str, Any]]:
     for case in CASES:
         made = {name: way for name, way in ways(case).items() if runs(way)}
         up = torch.randn_like(next(iter(made.values()))[0]())
-        times = {"fwd": interleaved({n: often(run) for n, (run, _) in made.items()}, rounds=9, warmup=2)}
-        steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], up)) for n, way in made.items()}  # noqa: B023
+        times = {"fwd": interleaved({n: often(run, REPEAT) for n, (run, _) in made.items()}, rounds=9, warmup=2)}
+        steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], up), REPEAT) for n, way in made.items()}  # noqa: B023
         times["fwd+bwd"] = interleaved(steps, rounds=9, warmup=2)
         for what, found in times.items():
             work = case.operations * (1 if what == "fwd" else 3.5) * REPEAT / 1e12
@@ -310,8 +305,8 @@ def two_regions() -> Iterator[dict[str, Any]]:
         "two": (lambda: regions.attend_regions(two, q, D**-0.5), [q, k, v, other, turned]),
         "one": (lambda: triton.attend(q, k, v, whole, None, D**-0.5), [q, k, v]),
     }
-    times = {"fwd": interleaved({n: often(run) for n, (run, _) in made.items()}, rounds=9, warmup=2)}
-    steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], up)) for n, way in made.items()}
+    times = {"fwd": interleaved({n: often(run, REPEAT) for n, (run, _) in made.items()}, rounds=9, warmup=2)}
+    steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], up), REPEAT) for n, way in made.items()}
     times["fwd+bwd"] = interleaved(steps, rounds=9, warmup=2)
     for what, found in times.items():
         ours, theirs = (1e3 * found[n][0] / REPEAT for n in ("two", "one"))
@@ -341,14 +336,6 @@ def memory() -> Iterator[dict[str, Any]]:
             yield row(case, "peak MB", ours, peaks["plain"], "plain form, measured", smaller=True)
         else:
             yield row(case, "peak MB", ours, H * T * T * 4 / 1e6, "one fp32 matrix of scores, computed", smaller=True)
-
-
-def often(run: Callable[[], Any]) -> Callable[[], None]:
-    def many() -> None:
-        for _ in range(REPEAT):
-            run()
-
-    return many
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ copy, and of the products that no way can spare, at the rate of a large product.
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, main, row
+from common import ceilings, interleaved, main, often, row
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tuning import workers
 
 from dovetail.kernels.mixed_chunk import Heads, chunked, mixed_chunk, plan, reference, triton
 from dovetail.parts.context import Context
@@ -28,7 +27,6 @@ from dovetail.parts.context import Context
 BENCHMARK = {"device": "cuda", "minutes": 2, "writes": "flash_kernel"}
 D, E, CHUNK, TOKENS, REPEAT = 128, 1536, 256, 65536, 5  # REPEAT: calls queued between two synchronisations
 SCALE = CHUNK**-0.5
-WORKERS = 14
 
 # dtype, T, chunk, D, E, sort, causal
 CHECKS = [
@@ -93,13 +91,9 @@ def _error(a: Tensor, b: Tensor) -> float:
 
 def check() -> None:
     """Each case in a process of its own: most of the time is compiling."""
-    with _workers() as pool:
+    with workers() as pool:
         for line in pool.map(checked, CHECKS):
             print(line, flush=True)
-
-
-def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
 
 
 def ours(heads: Heads, v: Tensor) -> Tensor:
@@ -131,18 +125,10 @@ def milliseconds(T: int, rounds: int) -> dict[str, dict[str, float]]:
         "SDPA cuDNN": (lambda: softmax(*qkv), qkv, up.view_as(qkv[2])),
     }
     with torch.no_grad():
-        found = {"fwd": interleaved({n: _often(run) for n, (run, _, _) in ways.items()}, rounds, warmup=2)}
-    steps = {n: _often(lambda w=way: torch.autograd.grad(w[0](), w[1], w[2])) for n, way in ways.items()}
+        found = {"fwd": interleaved({n: often(run, REPEAT) for n, (run, _, _) in ways.items()}, rounds, warmup=2)}
+    steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], w[2]), REPEAT) for n, way in ways.items()}
     found["fwd+bwd"] = interleaved(steps, rounds, warmup=2)
     return {what: {n: 1e3 * t[0] / REPEAT for n, t in times.items()} for what, times in found.items()}
-
-
-def _often(run: Callable[[], Any]) -> Callable[[], None]:
-    def many() -> None:
-        for _ in range(REPEAT):
-            run()
-
-    return many
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -206,7 +192,7 @@ def compiled(job: tuple[str, triton.Tiles]) -> str:
 def sweep() -> None:
     jobs = [(name, tiles) for name, choices in SWEEP.items() for tiles in choices]
     kept = dict(triton.TILES)
-    with _workers() as pool:
+    with workers() as pool:
         failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
     for name, choices in SWEEP.items():
         times: dict[triton.Tiles, float] = {}
@@ -214,7 +200,7 @@ def sweep() -> None:
             if failed[name, tiles]:
                 print(f"{name:8} {tiles}: {failed[name, tiles]}")
                 continue
-            times[tiles] = interleaved({"": _often(one(name, tiles))}, rounds=5, warmup=1)[""][0] / REPEAT
+            times[tiles] = interleaved({"": often(one(name, tiles), REPEAT)}, rounds=5, warmup=1)[""][0] / REPEAT
         for tiles, seconds in sorted(times.items(), key=lambda item: item[1]):
             note = " (as it stands)" if tiles == kept[name, True] else ""
             print(f"{name:8} {1e3 * seconds:.3f} ms both ways {tiles}{note}", flush=True)

@@ -15,23 +15,20 @@ with scores, sums and partial gradients kept in fp32 between kernels, come to ab
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, main, row
+from common import interleaved, main, often, row
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import compiled_at_once
+from tuning import compiled_at_once, workers
 
 from dovetail.kernels.gated_linear import gated_linear, reference, triton
 
 BENCHMARK = {"device": "cuda", "packages": {"triton": "triton", "fla": "flash-linear-attention"}, "minutes": 5}
-WORKERS = 12
 TOKENS, HEADS = 65536, 16
 REPEAT = 5  # calls queued between two synchronisations
 PEER = "fla chunk_gla"
@@ -94,21 +91,9 @@ def _error(a: Tensor, b: Tensor) -> float:
 
 def check() -> None:
     """Each case in a process of its own: most of the time is compiling."""
-    with _workers() as pool:
+    with workers() as pool:
         for line in pool.map(checked, CHECKS):
             print(line, flush=True)
-
-
-def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
-
-
-def _often(run: Callable[[], Any]) -> Callable[[], None]:
-    def many() -> None:
-        for _ in range(REPEAT):
-            run()
-
-    return many
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -125,8 +110,8 @@ def measure() -> Iterator[dict[str, Any]]:
         print(f"T{T} D{D}: ours - fla, relative to the largest: {_error(ways['ours'](), ways[PEER]().double()):.1e}")
         steps = {n: (lambda run=run: torch.autograd.grad(run(), given, up)) for n, run in ways.items()}  # noqa: B023
         with torch.no_grad():
-            forward = interleaved({n: _often(run) for n, run in ways.items()}, rounds=10, warmup=2)
-        both = interleaved({n: _often(run) for n, run in steps.items()}, rounds=10, warmup=2)
+            forward = interleaved({n: often(run, REPEAT) for n, run in ways.items()}, rounds=10, warmup=2)
+        both = interleaved({n: often(run, REPEAT) for n, run in steps.items()}, rounds=10, warmup=2)
         case = f"B{TOKENS // T} T{T} H{HEADS} D{D} log α {str(decay)[6:]}{' strong' if strong else ''}"
         for what, times in (("fwd", forward), ("fwd+bwd", both)):
             ms = {n: 1e3 * t[0] / REPEAT for n, t in times.items()}
@@ -186,7 +171,7 @@ def compiled(job: tuple[str, triton.Launch]) -> str:
 
 def sweep() -> None:
     jobs = [(name, launch) for name, launches in SWEEP.items() for launch in launches]
-    with _workers() as pool:
+    with workers() as pool:
         failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
     for name, launches in SWEEP.items():
         times = {}
@@ -194,7 +179,7 @@ def sweep() -> None:
             if failed[name, launch]:
                 print(f"{name:16} {launch}: {failed[name, launch]}")
                 continue
-            times[launch] = interleaved({"": _often(one(name, launch))}, rounds=5, warmup=1)[""][0] / REPEAT
+            times[launch] = interleaved({"": often(one(name, launch), REPEAT)}, rounds=5, warmup=1)[""][0] / REPEAT
         for launch, seconds in sorted(times.items(), key=lambda item: item[1]):
             print(
                 f"{name:16} {1e3 * seconds:.3f} ms {launch}{' (as it stands)' if launch == getattr(CHOSEN, name) else ''}",
@@ -205,7 +190,7 @@ def sweep() -> None:
         triton.FILL = fill
         q, k, v, g = (t.detach() for t in inputs(TOKENS // T, T, HEADS, 128, 128, torch.bfloat16, torch.float32, False))
         with torch.no_grad():
-            seconds = interleaved({"": _often(lambda: ours(q, k, v, g))}, rounds=5, warmup=1)[""][0] / REPEAT  # noqa: B023
+            seconds = interleaved({"": often(lambda: ours(q, k, v, g), REPEAT)}, rounds=5, warmup=1)[""][0] / REPEAT  # noqa: B023
         print(f"T{T} FILL {fill}: forward {1e3 * seconds:.3f} ms", flush=True)
 
 

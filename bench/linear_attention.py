@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, main, row
+from common import ceilings, interleaved, main, often, row
 from torch import Tensor
-from tuning import WORKERS, compiled_at_once
+from tuning import compiled_at_once, workers
 
 from dovetail.kernels.linear_attention import linear_attention, normalised, operator, plan, reference, triton
 from dovetail.kernels.linear_attention.spans import Sizes
@@ -74,7 +72,7 @@ def check() -> None:
     """Each case in a process of its own: most of the time is compiling."""
     assert plan(8192, causal=True, segments=False, state=False, device="cuda", widest=D).path == "triton"
     compiled_at_once(first_call)
-    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with workers() as pool:
         for lines in pool.map(checked, CHECKS):
             print(*lines, sep="\n", flush=True)
 
@@ -143,14 +141,6 @@ def _text(errors: list[float]) -> str:
     return "  ".join(f"{n} {e:.1e}" for n, e in zip(("out", "dq", "dk", "dv", "dstart"), errors, strict=False))
 
 
-def _often(run: Callable[[], Any]) -> Callable[[], None]:
-    def many() -> None:
-        for _ in range(REPEAT):
-            run()
-
-    return many
-
-
 def milliseconds(
     ways: dict[str, Callable[..., Tensor]], T: int, rounds: int, tokens: int = TOKENS
 ) -> dict[str, dict[str, float]]:
@@ -158,9 +148,11 @@ def milliseconds(
     q, k, v = inputs(tokens // T, T, (H, H, H), (D, D), torch.bfloat16)
     g = torch.randn_like(v)
     with torch.no_grad():
-        forward = {n: _often(lambda run=run: run(q, k, v)) for n, run in ways.items()}
+        forward = {n: often(lambda run=run: run(q, k, v), REPEAT) for n, run in ways.items()}
         found = {"fwd": interleaved(forward, rounds, warmup=2)}
-    both = {n: _often(lambda run=run: torch.autograd.grad(run(q, k, v), (q, k, v), g)) for n, run in ways.items()}
+    both = {
+        n: often(lambda run=run: torch.autograd.grad(run(q, k, v), (q, k, v), g), REPEAT) for n, run in ways.items()
+    }
     found["fwd+bwd"] = interleaved(both, rounds, warmup=2)
     return {what: {n: 1e3 * t[0] / REPEAT for n, t in times.items()} for what, times in found.items()}
 
@@ -210,7 +202,7 @@ def sweep() -> None:
     g, kept = torch.randn_like(wide[2]), triton.PRECISION
     for precision in ("ieee", "tf32x3"):
         triton.PRECISION = precision
-        run = _often(lambda: torch.autograd.grad(ours(*wide), wide, g))
+        run = often(lambda: torch.autograd.grad(ours(*wide), wide, g), REPEAT)
         print(
             "fp32, 16k tokens, fwd+bwd,",
             precision,

@@ -8,11 +8,11 @@ tiles at a constant price keep within 15% of 1. Tiles that are seen in part cost
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import interleaved, main, row
+from common import interleaved, main, often, row
 
 from dovetail.kernels.attention import attend, plan, reference
 from dovetail.parts.context import Context
@@ -49,22 +49,17 @@ def check() -> None:
         assert max(errors) < 2e-2, (name, errors)
 
 
-def _often(run: Callable[[], Any]) -> Callable[[], None]:
-    def many() -> None:
-        for _ in range(REPEAT):
-            run()
-
-    return many
-
-
 def measure() -> Iterator[dict[str, Any]]:
     q, k, v = inputs(1, T)
     g = torch.randn_like(q)
     context = Context.of(1, T, q.device)
     masks = {name: context.bind(rule) for name, rule in RULES.items()}
     tiles = {name: int(mask.tiles(TILE).sum()) for name, mask in masks.items()}
-    forward = {n: _often(lambda m=m: attend(q, k, v, mask=m)) for n, m in masks.items()}
-    both = {n: _often(lambda m=m: torch.autograd.grad(attend(q, k, v, mask=m), (q, k, v), g)) for n, m in masks.items()}
+    forward = {n: often(lambda m=m: attend(q, k, v, mask=m), REPEAT) for n, m in masks.items()}
+    both = {
+        n: often(lambda m=m: torch.autograd.grad(attend(q, k, v, mask=m), (q, k, v), g), REPEAT)
+        for n, m in masks.items()
+    }
     for what, ways in (("fwd", forward), ("fwd+bwd", both)):
         times = interleaved(ways, rounds=7, warmup=2)
         each = {n: 1e9 * t[0] / REPEAT / tiles[n] / H for n, t in times.items()}

@@ -17,10 +17,15 @@ WORKERS = max(2, min(24, (os.cpu_count() or 2) - 4))
 Work = Callable[[], Any]
 
 
+def workers() -> ProcessPoolExecutor:
+    """Processes of their own, for what compiles: they share Triton's cache on disk."""
+    return ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
+
+
 def compiled_at_once(*work: Work) -> None:
     """Compiles every configuration of each kernel that the calls of `work` start; functions of a module's top level."""
     start = time.perf_counter()
-    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with workers() as pool:
         failed = {error for error in pool.map(_share, [(work, i) for i in range(WORKERS)]) if error}
     print(f"peers' kernels compiled in {time.perf_counter() - start:.0f} s", *failed, flush=True)
 

@@ -87,6 +87,8 @@ def test_products_in_fp32_take_nothing_from_the_future() -> None:
     assert torch.equal(y[:, :200], later[:, :200]) and not torch.equal(y, later)
     exact = ssm_convolution.reference.convolve(x.double(), kernel.double())
     assert (y.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ssm_convolution.products.convolve(x, kernel), y)
 
 
 def test_the_reference_convolution_is_the_sum() -> None:

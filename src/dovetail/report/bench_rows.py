@@ -96,6 +96,16 @@ def interleaved(
     return {name: (statistics.median(t), max(t) - min(t)) for name, t in times.items()}
 
 
+def often(run: Callable[[], Any], times: int) -> Callable[[], None]:
+    """`run` so many times between two synchronisations, as kernels are queued in a real step."""
+
+    def many() -> None:
+        for _ in range(times):
+            run()
+
+    return many
+
+
 def row(
     case: str,
     metric: str,

@@ -35,9 +35,10 @@ class _Products(torch.autograd.Function):
         # strip[u, t] = kernel[last + t - u]: less (last - start) rows, that of the block at `start`
         strip = _strip(F.pad(kernel.flip(-1), (last + size - T, size - 1)), size)
         found = []
-        for start in range(0, T, size):
-            stop = min(start + size, T)
-            found.append(rows[..., :stop] @ strip[:, last - start : last - start + stop, : stop - start])
+        with without_autocast(x):
+            for start in range(0, T, size):
+                stop = min(start + size, T)
+                found.append(rows[..., :stop] @ strip[:, last - start : last - start + stop, : stop - start])
         return _by_time(found)
 
     @staticmethod
