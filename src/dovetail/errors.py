@@ -59,6 +59,10 @@ class DivergedError(RunError):
     """A training whose loss or gradients ceased to be finite."""
 
 
+class StoppedError(RunError):
+    """A training that was told to stop, and saved what it had."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A remedy that names the closest choice, or lists them all. Returns a sentence."""
     known = sorted(choices)

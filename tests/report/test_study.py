@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import pytest
 
 from dovetail.data.table_to_text import E2E
-from dovetail.errors import SpecError
+from dovetail.errors import SpecError, StoppedError
 from dovetail.report import study as studies
 from dovetail.report.scores import nearest, questions, score
 from dovetail.report.study import Study, _key, is_study, study
 from dovetail.report.study_page import Found, Row, order, page
+from dovetail.training.loop import Run
 from report.runs import run_here
 
 LINES = [
@@ -80,6 +83,31 @@ def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeyp
     assert (
         _key(changed, changed.arms[0], 0) != json.loads((kept[0] / "found.json").read_text())["key"]
     )  # would run anew
+
+
+def test_a_run_goes_on_where_a_sigterm_found_it(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:
+    said = Study.load(asked(tmp_path, checkpoint) | {"seeds": [0]})
+    run_here(said, ("all", 0))
+    folder = tmp_path / "out" / "runs" / "all" / "0"
+    whole = json.loads((folder / "found.json").read_text())
+    (folder / "found.json").unlink()
+    plain, steps = Run.one_step, []
+
+    def told(run: Run) -> Any:
+        steps.append(run.step)
+        if len(steps) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(run)
+
+    monkeypatch.setattr(Run, "one_step", told)
+    with pytest.raises(StoppedError):
+        run_here(said, ("all", 0))
+    run_here(said, ("all", 0))
+    assert steps == [0, 1]  # the second step came after the first, not a new first one
+    again = json.loads((folder / "found.json").read_text())
+    assert whole.pop("seconds") > 0 < whole.pop("tokens_per_s") and "seconds" not in again
+    assert again.pop("peak_bytes") > 0 < whole.pop("peak_bytes") and again == whole
+    assert [p.name for p in folder.iterdir()] == ["found.json"]
 
 
 def test_orders_are_claimed_beyond_twice_the_spread() -> None:

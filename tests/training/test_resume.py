@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dovetail import hub
-from dovetail.errors import RunError, SpecError
+from dovetail.errors import RunError, SpecError, StoppedError
 from dovetail.training import checkpoint, fit, loop
 from training.small import recipe
 
@@ -97,6 +97,27 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
     lines = (tmp_path / "whole/log.jsonl").read_text().splitlines()
     assert losses == {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}
     assert len([x for x in steps if "loss" in x]) == 8
+
+
+def test_told_to_stop_it_saves_and_goes_on_bitwise(tmp_path: Path, monkeypatch: Any) -> None:
+    data = recipe(tmp_path, steps=4)
+    fit(data | {"out": str(tmp_path / "whole")}, progress=False)
+    plain, before = loop.Run.one_step, signal.getsignal(signal.SIGTERM)
+
+    def told(run: loop.Run) -> Any:
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(run)
+
+    monkeypatch.setattr(loop.Run, "one_step", told)
+    with pytest.raises(StoppedError, match="after step 2 of 4"):
+        fit(data, progress=False)
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    assert [p.name for p in checkpoint.found(out)] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    fit(data, resume=True, progress=False)
+    assert_bitwise(tmp_path / "whole/checkpoints/step-00000004", out / "checkpoints/step-00000004")
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from dovetail.report.study_page import Curve, Found, Row
 from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, slug
 from dovetail.report.study_recipe import is_study as is_study
 from dovetail.report.written import write
+from dovetail.training import checkpoint
 from dovetail.training.device import choose, peak_memory
 from dovetail.training.flops import parameter_count
 from dovetail.training.loop import Run
@@ -52,9 +53,10 @@ def study(
     """Trains every arm with every seed, asks each the same questions, and writes index.html and report.json into `out`.
 
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
-    texts and the questions are the same: an interrupted study goes on where it stood. A training that diverges is kept as
-    that, and no order is claimed of its arm. jobs: runs at a time, each in a
-    process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out). Raises SpecError for a recipe that does not fit, and whatever a run raises.
+    texts and the questions are the same: an interrupted study goes on where it stood, its trainings where a SIGTERM
+    found them. A training that diverges is kept as that, and no order is claimed of its arm. jobs: runs at a time, each
+    in a process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out).
+    Raises SpecError for a recipe that does not fit, and whatever a run raises.
     """
     asked = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
     if asked.clock is not None and jobs != 1:
@@ -150,11 +152,19 @@ def _gpus(jobs: int) -> list[str | None]:
 
 
 def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | None) -> dict[str, Any]:
-    """What one run finds: kept in `folder` under its key. In a process of its own, which then sees `gpu` alone."""
+    """What one run finds: kept in `folder` under its key. In a process of its own, which then sees `gpu` alone.
+
+    A training that was killed goes on from its last checkpoint, unless its seconds are compared.
+    """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     recipe = asked.recipe(arm, seed) if asked.trains else None
-    shutil.rmtree(folder, ignore_errors=True)
+    begun = folder / "key"
+    last = checkpoint.found(folder / "run") if begun.is_file() and begun.read_text() == key and not asked.clock else []
+    if not last:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        begun.write_text(key)
     weights: Any = contextlib.nullcontext()
     if recipe is None:
         path = resolve(model_of(asked, arm))
@@ -165,7 +175,9 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
         run = Run(set_up(recipe), folder / "run")
         size = {"key": key, "trainable": sum(p.numel() for p in trainable(run.model).values())}
         size |= {"parameters": parameter_count(run.model), "state_bytes": state_bytes(run.model, recipe.train.length)}
-        begun = time.perf_counter()
+        if last:
+            run.restore(last[-1])
+        start = time.perf_counter()
         try:
             trained = run.train(progress=False)
         except DivergedError as error:
@@ -173,9 +185,10 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
         model, tokenizer, weights = run.model, run.parts.tokenizer, run.exported()
         found = {
             **size, "steps": trained.steps, "tokens": trained.tokens, "peak_bytes": peak_memory(run.device),
-            "tokens_per_s": trained.tokens_per_s, "seconds": time.perf_counter() - begun,
             "metrics": {} if trained.held_out is None else asked.held_out(trained.held_out),
         }  # fmt: skip
+        if not last:  # what a run that went on took is not known
+            found |= {"tokens_per_s": trained.tokens_per_s, "seconds": time.perf_counter() - start}
         if asked.clock is not None:
             found["clock"] = clock.history(folder / "run" / "log.jsonl", trained.steps, trained.tokens)
     with weights:
@@ -194,7 +207,7 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
 def _keep(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """`found` in the run's folder, in place of the weights, which have told what was asked."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "key").unlink()
     (folder / "found.json").write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
     return found
 
@@ -233,7 +246,7 @@ def _rows(asked: Study, arm: Arm, found: list[dict[str, Any]], jobs: int) -> lis
     if asked.trains:
         spent["peak_bytes"] = max(run["peak_bytes"] for run in found)
         spent |= {"state_bytes": found[0]["state_bytes"]} if found[0].get("state_bytes") else {}
-        if jobs == 1 and not diverged:
+        if jobs == 1 and not diverged and all("tokens_per_s" in run for run in found):
             spent["tokens_per_s"] = sum(run["tokens_per_s"] for run in found) / len(found)
             spent |= {"seconds": max(run["seconds"] for run in found)} if all("seconds" in run for run in found) else {}
     first = found[0]

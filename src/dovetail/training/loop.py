@@ -21,7 +21,7 @@ from dovetail.adapters.files import check_room
 from dovetail.adapters.many import after_backward, before_step, penalty
 from dovetail.data import Batches, Sampler
 from dovetail.data.rows import Rows, collate, real_tokens
-from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError
+from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError, StoppedError
 from dovetail.objectives import Objective
 from dovetail.stats import RunningMean
 from dovetail.training import checkpoint
@@ -32,6 +32,7 @@ from dovetail.training.optim import Average, adamw, clip, set_rate
 from dovetail.training.recipe import Recipe, Train
 from dovetail.training.schedules import factor
 from dovetail.training.setup import Parts, copy_tokenizer, set_up, with_helpers
+from dovetail.training.stopping import sigterm_awaited
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def fit(
 
     source: a YAML file, plain data or a Recipe; overrides: `train.steps=40`. resume goes on from the last checkpoint
     in `out` (from the start when there is none), bitwise as if never interrupted on one device.
-    Raises UserErrors for what the recipe asks, DivergedError for NaN losses, RunError for disks that are full.
+    Raises UserErrors for what the recipe asks, DivergedError for NaN losses, RunError for disks that are full,
+    StoppedError after a SIGTERM, with a checkpoint written.
     """
     recipe = Recipe.load(source, overrides)
     if recipe.out is None:
@@ -162,32 +164,36 @@ class Run:
         held_out = None
         try:
             self.model.train()
-            while self.step < t.steps:
-                due = {
-                    name: _due(self.step + 1, getattr(t, f"{name}_every"), t.steps) for name in ("log", "save", "eval")
-                }
-                loss, norm, tokens = self.one_step()
-                self.step += 1
-                self.tokens += tokens
-                rate.add(tokens)
-                pending.append((self.step, loss, norm))
-                if self.device.type == "cpu" or any(due.values()):
-                    last = self._read(pending) | {"lr": self.lr * _rate(t, self.step - 1)}
-                    self.loss = last["loss"]
-                bar.advance()
-                if due["log"]:
-                    last |= rate.take() | {"peak_bytes": peak_memory(self.device), "tokens": self.tokens}
-                    log.write(self.step, last)
-                    bar.show(self.step, last)
-                if due["eval"] and self.parts.held_out is not None:
-                    held_out = self.evaluate()
-                    log.write(self.step, {f"held_out_{name}": value for name, value in held_out.items()})
-                    scored = f"{held_out['nats']:.4f} nats, {held_out['accuracy']:.2%} right"
-                    bar.say(f"step {self.step}  held-out {scored}")
-                    rate.restart()
-                if due["save"]:
-                    self.save()
-                    rate.restart()
+            with sigterm_awaited() as told:
+                while self.step < t.steps:
+                    due = {
+                        name: _due(self.step + 1, getattr(t, f"{name}_every"), t.steps)
+                        for name in ("log", "save", "eval")
+                    }
+                    loss, norm, tokens = self.one_step()
+                    self.step += 1
+                    self.tokens += tokens
+                    rate.add(tokens)
+                    pending.append((self.step, loss, norm))
+                    if self.device.type == "cpu" or any(due.values()):
+                        last = self._read(pending) | {"lr": self.lr * _rate(t, self.step - 1)}
+                        self.loss = last["loss"]
+                    bar.advance()
+                    if due["log"]:
+                        last |= rate.take() | {"peak_bytes": peak_memory(self.device), "tokens": self.tokens}
+                        log.write(self.step, last)
+                        bar.show(self.step, last)
+                    if due["eval"] and self.parts.held_out is not None:
+                        held_out = self.evaluate()
+                        log.write(self.step, {f"held_out_{name}": value for name, value in held_out.items()})
+                        scored = f"{held_out['nats']:.4f} nats, {held_out['accuracy']:.2%} right"
+                        bar.say(f"step {self.step}  held-out {scored}")
+                        rate.restart()
+                    if due["save"]:
+                        self.save()
+                        rate.restart()
+                    if told() and self.step < t.steps:
+                        self._stop(pending)
             if held_out is None and self.parts.held_out is not None:  # resumed after the last step
                 held_out = self.evaluate()
             self._export()
@@ -214,6 +220,15 @@ class Run:
         )
         (self.out / "result.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         return result
+
+    def _stop(self, pending: list[tuple[int, Tensor, Tensor]]) -> None:
+        if pending:
+            self.loss = self._read(pending)["loss"]
+        raise StoppedError(
+            f"told to stop after step {self.step} of {self.options.steps}",
+            where=str(self.save()),
+            remedy="go on with --resume",
+        )
 
     def one_step(self) -> tuple[Tensor, Tensor, int]:
         """One optimiser step: (loss, gradient norm, tokens), the first two still on the device."""
