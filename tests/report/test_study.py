@@ -18,6 +18,7 @@ from dovetail.report.scores import nearest, questions, score
 from dovetail.report.study import Study, _key, is_study, study
 from dovetail.report.study_page import Found, Row, order, page
 from dovetail.training.loop import Run
+from dovetail.training.recipe import Recipe
 from report.runs import run_here
 
 LINES = [
@@ -50,7 +51,8 @@ def asked(folder: Path, checkpoint: Path) -> dict[str, Any]:
 
 def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:
     data = asked(tmp_path, checkpoint)
-    run_here(Study.load(data), ("all", 0), ("LoRA", 0))
+    found_by = Study.load(data)
+    run_here(found_by, ("all", 0), ("LoRA", 0))
     found = study(data, jobs=2, quiet=True)  # the others at once, each in a process of its own
     rows = {row.name: row for row in found.rows}
     assert rows["all"].trainable == rows["all"].parameters > rows["LoRA"].trainable > 0
@@ -78,11 +80,20 @@ def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeyp
     again = study(more, quiet=True)
     assert [(folder / "found.json").stat().st_mtime_ns for folder in kept] == times  # nothing was run again
     assert "tokens_per_s" in again.rows[2].spent
+    key = json.loads((kept[0] / "found.json").read_text())["key"]
+    to_dict = Recipe.to_dict
+
+    def later(value: Any) -> Any:
+        """As a later version says it, which has one option more."""
+        return lambda recipe: {**to_dict(recipe), "new": value}
+
+    for value, same in ((False, True), (None, True), (True, False), (0, False)):
+        monkeypatch.setattr(Recipe, "to_dict", later(value))
+        assert (_key(found_by, found_by.arms[0], 0) == key) is same
+    monkeypatch.undo()
     data["base"]["train"]["steps"] = 1
     changed = Study.load(data)
-    assert (
-        _key(changed, changed.arms[0], 0) != json.loads((kept[0] / "found.json").read_text())["key"]
-    )  # would run anew
+    assert _key(changed, changed.arms[0], 0) != key  # would run anew
 
 
 def test_a_run_goes_on_where_a_sigterm_found_it(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:

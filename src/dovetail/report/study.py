@@ -225,9 +225,16 @@ def _key(asked: Study, arm: Arm, seed: int) -> str:
     corpora += [] if ask is None else [ask.text if isinstance(ask, Lengths) else ask.data]
     texts = [corpus.fingerprint() for corpus in corpora if corpus is not None]
     did = [model_of(asked, arm), seed] if recipe is None else recipe.to_dict()
-    said = [did, plain(ask), plain(arm.variants), texts, [_weights(f) for f in folders], versions()]
+    said = [_on(did), _on(plain(ask)), _on(plain(arm.variants)), texts, [_weights(f) for f in folders], versions()]
     said += [] if asked.clock is None else ["clock", machine(choose(recipe.train.device if recipe else "auto"))]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _on(said: Any) -> Any:
+    """What is said without what is off: an option that did not exist when a run was made was off in it."""
+    if isinstance(said, Mapping):
+        return {name: _on(value) for name, value in said.items() if value is not None and value is not False}
+    return [_on(one) for one in said] if isinstance(said, list | tuple) else said
 
 
 def _weights(folder: str) -> list[str]:
