@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dovetail.kernels.quantise.rows import Rows
+
 _LEAST = 1e-36  # the smallest absolute maximum that is divided by: 127/1e-36 is finite in fp32
 _PIECE = {"cpu": 2**18, "cuda": 2**25}  # weights at a time: on a CPU what its cache holds
 
@@ -69,6 +71,59 @@ def dequantise_packed(codes: Tensor, absmax: Tensor, levels: Tensor, block: int,
         return F.embedding(codes.int(), pairs).view(-1, block) * absmax[:, None]
 
     return _in_pieces(part, codes, absmax, block, dtype)
+
+
+def quantise_int4(weight: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (N, G · block) uint8, scale (N,G) bf16, zero (N,G) uint8) of weight (N,K), G = ceil(K/block).
+
+    Each group of a row has 16 even steps from min(w, 0) to max(w, 0), and zero has a code of its own: scale =
+    (max − min)/15, zero = round(−min/scale), code = clamp(round(w/scale) + zero, 0, 15) (Frantar et al. 2023). The
+    scale is rounded to bf16 first, so that the codes are right for what is kept. The last group is filled up with
+    zeros. A NaN or an infinity shows in its scale.
+    """
+    (count, width), device = weight.shape, weight.device
+    groups = -(-width // block)
+    codes = torch.empty(count, groups * block, dtype=torch.uint8, device=device)
+    scale = torch.empty(count, groups, dtype=torch.bfloat16, device=device)
+    zero = torch.empty(count, groups, dtype=torch.uint8, device=device)
+    run = max(_PIECE.get(device.type, 2**25) // (groups * block), 1)
+    for start in range(0, count, run):
+        rows = slice(start, start + run)
+        piece = F.pad(weight[rows].float(), (0, groups * block - width)).view(-1, groups, block)
+        least, most = piece.amin(2).clamp_max(0), piece.amax(2).clamp_min(0)
+        scale[rows] = most / 15 - least / 15
+        step = scale[rows].float().clamp_min(_LEAST)
+        zero[rows] = offset = (-least / step).round_().clamp_(0, 15)
+        codes[rows] = (piece / step[..., None]).round_().add_(offset[..., None]).clamp_(0, 15).flatten(1)
+    return codes, scale, zero
+
+
+def dequantise_rows(rows: Rows, width: int, dtype: torch.dtype) -> Tensor:
+    """The weight (N, width) in `dtype`, taken in fp32, of codes that lie along its rows."""
+    count, run = len(rows.codes), max(_PIECE.get(rows.codes.device.type, 2**25) // max(width, 1), 1)
+
+    def part(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        if rows.packed:
+            codes = torch.stack([codes >> 4, codes & 15], -1)
+        value = codes.float() if rows.levels is None else F.embedding(codes.int(), rows.levels[:, None])
+        value = value.reshape(len(codes), scale.shape[1], rows.block)
+        value = value if zero is None else value - zero[..., None]
+        return (value * (scale.float() * rows.factor)[..., None]).flatten(1)[:, :width].to(dtype)
+
+    if torch.compiler.is_compiling() or count <= run:
+        return part(rows.codes, rows.scale, rows.zero)
+    out = torch.empty(count, width, dtype=dtype, device=rows.codes.device)
+    for start in range(0, count, run):
+        at = slice(start, start + run)
+        out[at] = part(rows.codes[at], rows.scale[at], None if rows.zero is None else rows.zero[at])
+    return out
+
+
+def linear(x: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, (..., K) -> (..., N) in x's dtype, as it is written: the whole weight in fp32 or better, then the product."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ dequantise_rows(rows, x.shape[-1], wide).t()
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
 def _padded(values: Tensor, block: int) -> int:

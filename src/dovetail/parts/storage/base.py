@@ -1,6 +1,7 @@
 """How a frozen weight is kept: a storage turns it into codes, and gives it back for every use.
 
-bitsandbytes and torchao have kernels for the same formats; nothing here needs them.
+bitsandbytes and torchao have kernels for like formats; nothing here needs them. torch's own are not enough: on a GPU its
+int8 product is a plain one in fp32, and its int4 product takes bf16 alone and a layout that only it reads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.errors import CheckpointError
+from dovetail.kernels import quantise
 from dovetail.spec import Spec
 
 
@@ -28,7 +30,7 @@ class Stored(nn.Module):
         self.storage, self.shape, self.dtype = spec, torch.Size(shape), dtype
 
     def fill(self, weight: Tensor) -> Tensor:
-        """Quantises `weight` into the buffers; returns the absolute maximum of every block, fp32."""
+        """Quantises `weight` into the buffers; returns a constant of every block, not finite where its weights are not."""
         raise NotImplementedError
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -39,16 +41,33 @@ class Stored(nn.Module):
         """x Wᵀ + b in x's dtype (autocast's, where it is on): (..., in) -> (..., out).
 
         The dense weight lives only while it is multiplied: the backward dequantises it again (Dettmers et al. 2023,
-        eq. 5). Gradients reach x and the bias.
+        eq. 5). Gradients reach x and the bias. Without gradients a few vectors are multiplied with the codes themselves,
+        where `quantise.plan_linear` has a kernel for that; this is decoding, whose cost is the bytes of the weights.
         """
         kind = x.device.type
         if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if not torch.is_grad_enabled() and self.plan(kind, x).path == "triton":
+            return quantise.linear(x, self.rows(), bias)
         if torch.compiler.is_compiling():
             # A compiler dequantises again by itself; under checkpointing torch 2.11 would keep what is inside a Function.
             return F.linear(x, self.dense(x.dtype), bias)
         return _Linear.apply(x, bias, self)  # type: ignore[no-any-return]
+
+    def plan(self, device: str, x: Tensor) -> quantise.Plan:
+        """How `linear` multiplies without gradients on such a device, and why."""
+        width = self.shape[-1]
+        return quantise.plan_linear(device, x.numel() // width, x.dtype, self.group, width)
+
+    @property
+    def group(self) -> int | None:
+        """Weights of a row that share a constant; None where blocks reach over the ends of rows."""
+        raise NotImplementedError
+
+    def rows(self) -> quantise.Rows:
+        """The codes and constants as they lie along the rows of the weight; only where `group` is not None."""
+        raise NotImplementedError
 
     @property
     def bits_per_weight(self) -> float:
@@ -83,8 +102,8 @@ class Storage(Spec):
             )
         stored = self.empty(weight.shape, weight.dtype, weight.device)
         with torch.no_grad():
-            absmax = stored.fill(weight.detach())
-        if not absmax.is_meta and not bool(absmax.isfinite().all()):
+            constants = stored.fill(weight.detach())
+        if not constants.is_meta and not bool(constants.isfinite().all()):
             raise CheckpointError(
                 f"a weight {tuple(weight.shape)} holds NaN or infinity: {self.kind} has no code for it",
                 remedy="mend the checkpoint, or leave this weight unquantised",

@@ -56,3 +56,11 @@ class StoredInt8(Stored):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         flat = quantise.dequantise_int8(self.codes.flatten(), self.absmax, self.block, dtype or self.dtype)
         return flat[: self.shape.numel()].view(self.shape)
+
+    @property
+    def group(self) -> int | None:
+        return self.block if self.shape[-1] % self.block == 0 else None
+
+    def rows(self) -> quantise.Rows:
+        out, width = self.shape
+        return quantise.Rows(self.codes.view(out, width), self.absmax.view(out, -1), self.block, factor=1 / 127)

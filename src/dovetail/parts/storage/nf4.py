@@ -95,3 +95,11 @@ class StoredNf4(Stored):
             self.codes, self.constants(), self.levels, self.storage.block, dtype or self.dtype
         )
         return flat[: self.shape.numel()].view(self.shape)
+
+    @property
+    def group(self) -> int | None:
+        return self.storage.block if self.shape[-1] % self.storage.block == 0 else None
+
+    def rows(self) -> quantise.Rows:
+        codes, constants = self.codes.view(self.shape[0], -1), self.constants().view(self.shape[0], -1)
+        return quantise.Rows(codes, constants, self.storage.block, levels=self.levels)
