@@ -81,8 +81,14 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
         "decoder": {"depth": 2, "blocks": {"cross": {"kind": "attention", "position": "none"}}},
     },
 }
+INCLUDED = ("speculative",)  # files of docs/results whose tables stand in pages that are written by hand
 # Files of docs/results whose tables belong on a part's own page.
-MEASURED = {("adapter", "lora"): ("lora_gpu",), ("storage", "nf4"): ("lora_gpu",)}
+MEASURED = {
+    ("adapter", "lora"): ("lora_gpu",),
+    ("storage", "nf4"): ("lora_gpu", "quantised_quality"),
+    ("storage", "int8"): ("quantised_quality",),
+    ("storage", "int4"): ("quantised_quality",),
+}
 # Masks that hide nothing in a causal place alone, which a model refuses: shown together with a window.
 WITH_A_WINDOW = {"mask": ("full", "causal")}
 
@@ -310,6 +316,10 @@ def main() -> None:
     (OUT / "kernels.md").write_text(served.page(), encoding="utf-8")
     drawn = algorithms_pictures.write(OUT / "algorithms")
     gallery.write(OUT / "scenes")
+    (OUT / "measured").mkdir()
+    for name in INCLUDED:
+        lines = result_lines(DOCS / "results" / f"{name}.json")
+        (OUT / "measured" / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
     files = sorted((DOCS / "results").glob("*.json"))
     (OUT / "results.md").write_text(results_page(files, benchmarks().values()), encoding="utf-8")
     for name, text in own_pages(files).items():

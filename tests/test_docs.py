@@ -14,7 +14,7 @@ from dovetail.training.recipe import Recipe
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", ["adapters", "surgery"])
+@pytest.mark.parametrize("page", ["adapters", "surgery", "speculative", "contrastive"])
 def test_the_python_of_a_page_runs_as_one_session(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -29,7 +29,7 @@ def test_the_python_of_a_page_runs_as_one_session(page: str, tmp_path: Path, mon
         torch.testing.assert_close(session["rows"][3], session["reference"][0], rtol=0, atol=1e-4)
         assert max(session["account"].layers.values()) < 1e-4
         assert 0 < max(session["errors"].values()) < 0.2
-    else:
+    elif page == "surgery":
         model, tokens = session["model"], session["tokens"]
         torch.testing.assert_close(session["deeper"].model(tokens).logits, model(tokens).logits, rtol=0, atol=1e-4)
         assert session["shorter"].model.spec.depth == model.spec.depth - 2

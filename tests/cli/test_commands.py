@@ -16,6 +16,8 @@ import dovetail as dt
 from dovetail.cli.main import main
 from dovetail.data import train_tokenizer
 from dovetail.errors import CheckpointError
+from dovetail.stats import NGram
+from dovetail.surgery import quantise
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -90,6 +92,44 @@ def test_generate_is_greedy_and_reproducible(run: Run, tiny: Path) -> None:
     assert first[0] == 0 and last(first[1]) == last(second[1])
     model, tokenizer = dt.load(tiny), dt.load_tokenizer(tiny)
     assert last(first[1])[0]["text"] == dt.generate(model, tokenizer, "def f", max_new_tokens=8, temperature=0)
+
+
+def test_generate_with_drafts_says_the_same_and_what_they_were_worth(
+    run: Run, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    tokenizer = dt.load_tokenizer(tiny)
+    grams = NGram.fit(tokenizer.encode(text.read_text()), 3, "witten-bell", vocab=tokenizer.vocab_size)
+    grams.save_arpa(tmp_path / "ids.arpa")
+    args = ("generate", tiny, "--prompt", "def f(x):\n    return", "--max-new-tokens", 12, "--temperature", 0)
+    plain = last(run(*args, "--json")[1])[0]
+    for draft in ("lookup", f"ngram:{text}", f"ngram:{tmp_path}/ids.arpa", tiny):
+        code, out, _ = run(*args, "--draft", draft, "--draft-tokens", 3, "--json")
+        found = last(out)[0]
+        assert code == 0 and found["text"] == plain["text"] and (draft == "lookup" or found["draft"]["proposed"] > 0)
+    assert found["draft"]["accepted"] == found["draft"]["proposed"] and found["draft"]["tokens_per_forward"] > 3
+    code, out, err = run(*args, "--draft", tiny)
+    assert code == 0 and out.rstrip().endswith(plain["text"].rstrip()) and "tokens a forward" in err
+    code, out, err = run(*args, "--prompt", "class A", "--draft", "lookup")
+    assert code == 0 and "drafted tokens accepted" in err
+    for wrong, words in (
+        (("--draft-tokens", 3), "generating without --draft does not read --draft-tokens"),
+        (("--draft", "ngram:nowhere.txt"), "no file 'nowhere.txt'"),
+        (("--draft", "lookup", "--draft-tokens", 0), "tokens=0"),
+        (("--draft", "lookup", "--beams", 2), "a draft for beams=2"),
+    ):
+        code, _, err = run(*args, *wrong)
+        assert code == 2 and words in err
+
+
+def test_generate_from_codes(run: Run, tiny: Path) -> None:
+    args = ("generate", tiny, "--prompt", "def f", "--max-new-tokens", 8, "--temperature", 0, "--json")
+    model = dt.load(tiny)
+    quantise(model, "int4")
+    expected = dt.generate(model, dt.load_tokenizer(tiny), "def f", max_new_tokens=8, temperature=0)
+    code, out, _ = run(*args, "--storage", "int4")
+    assert code == 0 and last(out)[0]["text"] == expected
+    code, _, err = run(*args, "--storage", "int5")
+    assert code == 2 and "int5" in err
 
 
 def test_a_prompt_beyond_the_context_is_refused(run: Run, tiny: Path) -> None:

@@ -11,10 +11,12 @@ from rich.console import Console
 
 from dovetail.cli.adapt import _refuse, extracted
 from dovetail.cli.app import app
+from dovetail.cli.drafting import draft_of
 from dovetail.cli.inspect import AllowKey, Dtype, Json, _device, _dtype, _read
 from dovetail.errors import UserError
 
 console = Console()
+aside = Console(stderr=True)  # what is said about a text is no part of it
 
 
 @app.command()
@@ -48,6 +50,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(help="Reproduces a sampled text (0 unless given).")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    draft: Annotated[
+        str,
+        typer.Option("--draft", help="Speculate: lookup, ngram:FILE (.arpa over ids, or a text), or a model's path."),
+    ] = "",
+    draft_tokens: Annotated[int | None, typer.Option(help="So many tokens are drafted at a time.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the step: slow to begin, then fast.")] = False,
+    storage: Annotated[str, typer.Option(help="Keep the blocks' weights in codes: int8, int4, nf4.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
     dtype: Dtype = "",
     as_json: Json = False,
@@ -56,12 +65,15 @@ def generate(
     """Sample from a model."""
     from dovetail.hub import load, load_tokenizer
     from dovetail.hub.remote import resolve
-    from dovetail.sampling import generate as sample
-    from dovetail.sampling import stream
+    from dovetail.sampling import Sampling, Speculation, sample, stream
+    from dovetail.surgery import quantise
 
     folder = resolve(path)
     tokenizer = load_tokenizer(folder)
-    model = load(folder, dtype=_dtype(dtype, device), device=_device(device), allow_keys=allow_key or [])
+    how: dict[str, Any] = {"dtype": _dtype(dtype, device), "device": _device(device), "allow_keys": allow_key or []}
+    model = load(folder, **how)
+    if storage:
+        quantise(model, storage)
     prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -73,19 +85,33 @@ def generate(
         "beams": beams,
         "stop": tuple(stop or ()),
     } | ({} if seed is None else {"seed": seed})
+    _refuse("generating without --draft", ["--draft-tokens"] if draft_tokens is not None and not draft else [])
+    guess = draft_of(draft, draft_tokens, model, tokenizer, **how) if draft else None
     if len(prompts) == 1 and beams == 1 and not as_json:  # as it comes
         console.print(prompt[0], style="dim", end="", markup=False, highlight=False)
-        for piece in stream(model, tokenizer, prompts[0], **options):
-            print(piece, end="", flush=True)
-        print()
-        return
-    texts: Any = sample(model, tokenizer, prompts, **options)
+        pieces = stream(model, tokenizer, prompts[0], draft=guess, compile=compile, **options)
+        while True:
+            try:
+                print(next(pieces), end="", flush=True)
+            except StopIteration as end:
+                print()
+                if guess:
+                    aside.print(str(end.value), style="dim", highlight=False)
+                return
+    result = sample(model, tokenizer, prompts, Sampling.of(**options), draft=guess, compile=compile)
+    assert result.texts is not None
+    drafted = result.speculation or ()
     if as_json:
-        print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)], ensure_ascii=False))
+        rows: list[dict[str, Any]] = [{"prompt": p, "text": t} for p, t in zip(prompt, result.texts, strict=True)]
+        for row, found in zip(rows, drafted):
+            row["draft"] = found.to_dict()
+        print(json.dumps(rows, ensure_ascii=False))
         return
-    for p, t in zip(prompt, texts, strict=True):
+    for p, t in zip(prompt, result.texts, strict=True):
         console.print(p, style="dim", end="", markup=False, highlight=False)
         console.print(t, markup=False, highlight=False)
+    if drafted:
+        aside.print(str(Speculation.total(drafted)), style="dim", highlight=False)
 
 
 @app.command()

@@ -86,7 +86,7 @@ class Timeline:
             where = slice(self._slot(start), self._slot(start) + T)
         hidden = order if ctx.segments is None else torch.where(ctx.segments >= 0, order, FAR)
         self._write(where, hidden, positions)
-        self.length = self.length + new
+        self.length.add_(new)
         self.even = even
         self.count = None if start is None else min(start + T, self.capacity)
         visible = None if self.count is None else min(self.count, self.slots)
@@ -115,9 +115,8 @@ class Timeline:
             self.positions[:, where] = positions
             return
         where = _last(where, self.kept is not None, self.slots)
-        self.order.scatter_(1, where, order)
-        self.positions.scatter_(1, where[..., None].expand_as(positions), positions)
-        self.order[:, self.slots] = FAR
+        self.order[_rows(where), where], self.positions[_rows(where), where] = order, positions
+        self.order[:, self.slots].fill_(FAR)
 
     def reorder(self, indices: Tensor) -> None:
         self.order, self.positions = self.order[indices], self.positions[indices]
@@ -131,12 +130,15 @@ class Timeline:
                 remedy="take a snapshot() before, or decode without a window",
             )
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int | Tensor) -> None:
         self.check_truncate()
-        self.order = torch.where(self.order >= length, FAR, self.order)
-        self.length = self.length.clamp_max(length)
+        rows = length[:, None] if isinstance(length, Tensor) else length
+        self.order = torch.where(self.order >= rows, FAR, self.order)
+        self.length = self.length.clamp_max(length)  # type: ignore[arg-type]
+        if isinstance(length, Tensor):
+            self.even = False
         if self.count is not None:
-            self.count = min(self.count, length)
+            self.count = min(self.count, int(self.length.max() if isinstance(length, Tensor) else length))
 
     def snapshot(self) -> Timeline:
         copy = object.__new__(Timeline)
@@ -178,9 +180,10 @@ class KVState:
             self.k[:, where] = k
             self.v[:, where] = v
             return
-        index = _last(where, self.timeline.kept is not None, self.timeline.slots)[..., None, None]
-        self.k.scatter_(1, index.expand_as(k), k.to(self.k.dtype))
-        self.v.scatter_(1, index.expand_as(v), v.to(self.v.dtype))
+        where = _last(where, self.timeline.kept is not None, self.timeline.slots)
+        rows = _rows(where)
+        self.k[rows, where] = k.to(self.k.dtype)
+        self.v[rows, where] = v.to(self.v.dtype)
 
     def reorder(self, indices: Tensor) -> None:
         self.k, self.v = self.k[indices], self.v[indices]
@@ -296,8 +299,15 @@ class State:
         for timeline in self.room.timelines.values():
             timeline.advance(ctx)
         T = ctx.order.shape[1]
-        self.length = self.length + (T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
+        self.length.add_(T if ctx.segments is None else (ctx.segments >= 0).sum(-1))
         self.count = self.count + T if self.count is not None and ctx.segments is None else None
+
+    def uncount(self) -> None:
+        """From here on the host counts nothing and checks no capacity: a token goes where the tensors say, in place, so
+        that one graph serves every step."""
+        self.count = None
+        for timeline in self.room.timelines.values():
+            timeline.count, timeline.even, timeline.step = None, False, None
 
     def begin(self, ahead: int | None) -> None:
         """The first forward has brought `ahead` virtual tokens (None: rows differ); later ones bring none."""
@@ -319,26 +329,29 @@ class State:
         self.length = self.length[indices]
         self.room.batch = indices.shape[0]
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int | Tensor) -> None:
         """Forgets every token from number `length` on, virtual ones not counted and never forgotten.
 
-        Raises RunError, and forgets nothing, where that is impossible.
+        length: for all rows, or (B,) int64, one for each. Raises RunError, and forgets nothing, where that is
+        impossible.
         """
-        if length < 0:
-            raise RunError(f"a state cannot be truncated to {length} tokens", remedy="give 0 or more")
+        least = int(length.min()) if isinstance(length, Tensor) else length
+        if least < 0:
+            raise RunError(f"a state cannot be truncated to {least} tokens", remedy="give 0 or more")
         if self.ahead is None:
             raise RunError(
                 "a state whose rows begin with different numbers of virtual tokens cannot be truncated",
                 remedy="take a snapshot() before the step and restore it",
             )
-        length += self.ahead
+        length = length + self.ahead
         for timeline in self.room.timelines.values():
             timeline.check_truncate()
-        self._each(lambda part: part.truncate(length))
+        most = int(length.max()) if isinstance(length, Tensor) else length
+        self._each(lambda part: part.truncate(most))
         for timeline in self.room.timelines.values():
             timeline.truncate(length)
         self.length = self.length.clamp_max(length)
-        self.count = None if self.count is None else min(self.count, length)
+        self.count = None if self.count is None or isinstance(length, Tensor) else min(self.count, length)
 
     def snapshot(self) -> State:
         """An independent copy."""
@@ -365,6 +378,11 @@ class State:
     def _each(self, act: Callable[[Any], None]) -> None:
         for part in [p for layer in self.layers for p in layer.values()] + list(self.extra.values()):
             act(part)
+
+
+def _rows(where: Tensor) -> Tensor:
+    """The row of each slot (B,T). As an index beside the slots: compilers do that assignment in place, a scatter not."""
+    return torch.arange(where.shape[0], device=where.device)[:, None]
 
 
 def _positions(side: Side) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import RunError, UserError
+from dovetail.parts.state import State
 from dovetail.sampling import limits, logits
 from dovetail.sampling.config import Sampling
 
@@ -27,6 +28,16 @@ class Steps(Protocol):
         ...
 
 
+class Begun(Protocol):
+    """Steps of prompts that were read: what `Decoding` needs. first (B,V): the scores after them. best (B,): the
+    likeliest token by the newest scores, where that is known already."""
+
+    first: Tensor
+    best: Tensor | None
+
+    def __call__(self, tokens: Tensor) -> Tensor: ...
+
+
 class ModelSteps:
     """A model over its state. `first` (B,V) are the scores after the prompts.
 
@@ -34,31 +45,45 @@ class ModelSteps:
     with its start id. new: tokens that will be made. Raises UserError for prompts that the model cannot take.
     """
 
+    best: Tensor | None = None  # (R,) the likeliest token by the newest scores, where that is known already
+
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], new: int):
-        device = next(model.parameters()).device
-        tokens, real = left_padded(prompts, device)
-        rows, width = tokens.shape
-        limits.check_ids(tokens, model.spec.vocab)
-        if hasattr(model, "encode"):
-            limits.check_lengths(model.spec, width, 0)
-            limits.check_lengths(model.spec, 1, new)
-            self.state = model.new_state(rows, 1 + new)
-            model.encode(tokens, real, state=self.state)
-            starts = torch.tensor(begins(model, prompts), device=device)
-            self.forward, out = model.decode, model.decode(starts, state=self.state, logits=False)
-        else:
-            limits.check_lengths(model.spec, width, new)
-            self.state = model.new_state(rows, width + new)
-            self.forward, out = model, model(tokens, attention_mask=real, state=self.state, logits=False)
-        self.first: Tensor = model.head(out.last_hidden_state[:, -1]).float()
-        if bool(self.first.isnan().any()):
-            raise RunError("the model's logits are NaN", remedy="check the weights, or load them in a wider dtype")
+        self.forward = model.decode if hasattr(model, "encode") else model
+        self.state, self.first = prefilled(model, prompts, new)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         return self.forward(tokens[:, None], state=self.state).logits[:, -1].float()
 
     def reorder(self, rows: Tensor) -> None:
         self.state.reorder(rows)
+
+
+def prefilled(
+    model: Any, prompts: Sequence[Sequence[int]], new: int, capacity: int | None = None
+) -> tuple[State, Tensor]:
+    """The state (room for `new` tokens more, or for `capacity` in all) and scores (B,V) after the prompts.
+
+    Raises UserError for prompts that the model cannot take, RunError for scores that are NaN.
+    """
+    device = next(model.parameters()).device
+    tokens, real = left_padded(prompts, device)
+    rows, width = tokens.shape
+    limits.check_ids(tokens, model.spec.vocab)
+    if hasattr(model, "encode"):
+        limits.check_lengths(model.spec, width, 0)
+        limits.check_lengths(model.spec, 1, new)
+        state = model.new_state(rows, capacity or 1 + new)
+        model.encode(tokens, real, state=state)
+        starts = torch.tensor(begins(model, prompts), device=device)
+        out = model.decode(starts, state=state, logits=False)
+    else:
+        limits.check_lengths(model.spec, width, new)
+        state = model.new_state(rows, capacity or width + new)
+        out = model(tokens, attention_mask=real, state=state, logits=False)
+    first: Tensor = model.head(out.last_hidden_state[:, -1]).float()
+    if bool(first.isnan().any()):
+        raise RunError("the model's logits are NaN", remedy="check the weights, or load them in a wider dtype")
+    return state, first
 
 
 def begins(model: Any, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
@@ -85,7 +110,8 @@ class Decoding:
 
     prompts: B sequences of ids, none empty. eos: ids that end a row. pad: what a finished row is given.
     logprobs: keep, in `logprob` (B,), the model's own log-probability (fp32, before temperature and cuts) of
-    each token chosen: what training computes for it. finished (B,) bool. Raises UserError, RunError.
+    each token chosen: what training computes for it. finished (B,) bool. steps: what reads the prompts and then
+    gives scores, of (model, prompts, new). Raises UserError, RunError.
     """
 
     @torch.inference_mode()
@@ -98,12 +124,14 @@ class Decoding:
         eos: tuple[int, ...] = (),
         pad: int = 0,
         logprobs: bool = False,
+        steps: Callable[[Any, Sequence[Sequence[int]], int], Begun] = ModelSteps,
     ):
         if sampling.beams > 1:
             raise UserError("beam search does not go token by token", remedy="use beam_search, or set beams=1")
-        self.steps = ModelSteps(model, prompts, sampling.max_new_tokens)
+        self.steps = steps(model, prompts, sampling.max_new_tokens)
         check_options(sampling, eos, self.steps.first.shape[-1])
         self.sampling, self.eos, self.pad, self.keep = sampling, eos, pad, logprobs
+        self.ends_early = bool(eos)  # otherwise no row does, and nobody need look
         self.made = 0
         self.next: Tensor | None = None
         self.logprob: Tensor | None = None
@@ -119,8 +147,9 @@ class Decoding:
 
     @property
     def done(self) -> bool:
-        """Nothing more will come."""
-        return self.made >= self.sampling.max_new_tokens or (self.made > 0 and bool(self.finished.all()))
+        """Nothing more will come. Where rows can end early the host waits for the device to answer."""
+        most = self.sampling.max_new_tokens
+        return self.made >= most or (self.ends_early and self.made > 0 and bool(self.finished.all()))
 
     @torch.inference_mode()
     def step(self) -> Tensor:
@@ -133,12 +162,13 @@ class Decoding:
                 remedy="give a larger no_repeat_ngram, or fewer max_new_tokens",
             )
         if self.uniform is None:
-            token = scores.argmax(-1)
+            known = self.steps.best if scores is own else None
+            token = scores.argmax(-1) if known is None else known
         else:
             token = logits.draw(logits.warp(scores, self.sampling), self.uniform[:, self.made])
         if self.keep:
             self.logprob = own.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).masked_fill(self.finished, 0.0)
-        if self.made:
+        if self.made and self.ends_early:
             token = token.masked_fill(self.finished, self.pad)
         if self.eos:
             self.finished = self.finished | (token[:, None] == self.ends).any(-1)
@@ -150,7 +180,7 @@ class Decoding:
 
     def finish(self, row: int) -> None:
         """Ends a row from outside: a stop string was found."""
-        self.finished = self.finished.clone()
+        self.finished, self.ends_early = self.finished.clone(), True
         self.finished[row] = True
 
 

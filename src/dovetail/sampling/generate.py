@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from dovetail.errors import UserError
 from dovetail.sampling.beam import Hypothesis, beam_search
+from dovetail.sampling.captured import compiled
 from dovetail.sampling.config import Sampling
 from dovetail.sampling.decode import Decoding, ModelSteps, begins, check_options
+from dovetail.sampling.drafts import Draft
 from dovetail.sampling.layout import vector_layout
+from dovetail.sampling.speculative import Speculation, SpeculativeDecoding
 from dovetail.sampling.text import TextRow, Tokenizer
 
 Prompts = Sequence[Sequence[int]]
+LOOK = 8  # tokens between two looks at whether all rows have ended, where looking makes the host wait for a GPU
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,15 @@ class Generation:
     """tokens (B,n): the new ids, `pad` after a row's end. lengths (B,): how many are real, eos included.
 
     logprobs (B,n) fp32: the model's own log-probability of each, 0 where padded, or None. texts: when there
-    is a tokenizer, each row's new text, without eos and cut before a stop string.
+    is a tokenizer, each row's new text, without eos and cut before a stop string. speculation: where there was a draft,
+    what it was good for in each row.
     """
 
     tokens: Tensor
     lengths: Tensor
     logprobs: Tensor | None = None
     texts: tuple[str, ...] | None = None
+    speculation: tuple[Speculation, ...] | None = None
 
 
 @overload
@@ -39,16 +46,28 @@ def generate(model: Any, tokenizer: Tokenizer, prompts: str, **sampling: Any) ->
 def generate(model: Any, tokenizer: Tokenizer, prompts: list[str] | tuple[str, ...], **sampling: Any) -> list[str]: ...
 @overload
 def generate(model: Any, tokenizer: None, prompts: Tensor | Prompts, **sampling: Any) -> Tensor: ...
-def generate(model: Any, tokenizer: Tokenizer | None, prompts: Any, **sampling: Any) -> Any:
+def generate(
+    model: Any,
+    tokenizer: Tokenizer | None,
+    prompts: Any,
+    *,
+    draft: Draft | None = None,
+    compile: bool = False,
+    **sampling: Any,
+) -> Any:
     """What comes after the prompts: the new text of each, or the new ids (B,n) without a tokenizer.
 
     An encoder-decoder reads the prompts as sources, and what comes is the target without its start id.
 
     prompts: a string or several; without a tokenizer ids (B,T), or lists of ids of uneven length.
+    draft: what proposes tokens that the model then verifies several at a time (`PromptLookup`, `NgramDraft`,
+    `DraftModel`); the text has the same distribution, and greedily, or with a draft that is not drawn, is the same.
+    compile: single steps are compiled, and on CUDA replayed as one graph. The first call takes long; the model keeps what
+    was made for further ones of as many rows (see `Captured`).
     sampling: the fields of `Sampling` (max_new_tokens, temperature, top_p, beams, stop, seed ...).
     Raises SpecError for options that do not exist or contradict, UserError for a prompt beyond the context.
     """
-    result = sample(model, tokenizer, prompts, Sampling.of(**sampling))
+    result = sample(model, tokenizer, prompts, Sampling.of(**sampling), draft=draft, compile=compile)
     if tokenizer is None:
         return result.tokens
     assert result.texts is not None
@@ -56,20 +75,27 @@ def generate(model: Any, tokenizer: Tokenizer | None, prompts: Any, **sampling: 
 
 
 def sample(
-    model: Any, tokenizer: Tokenizer | None, prompts: Any, sampling: Sampling, *, logprobs: bool = False
+    model: Any,
+    tokenizer: Tokenizer | None,
+    prompts: Any,
+    sampling: Sampling,
+    *,
+    logprobs: bool = False,
+    draft: Draft | None = None,
+    compile: bool = False,
 ) -> Generation:
-    """`generate` with all that is known of the result: ids, lengths, log-probabilities, texts."""
+    """`generate` with all that is known of the result: ids, lengths, log-probabilities, texts, what a draft did."""
     rows = _ids(tokenizer, prompts)
     eos, pad = _ends(tokenizer, sampling)
-    with vector_layout(model, len(rows) * sampling.beams, sampling.max_new_tokens):
-        if sampling.beams > 1:
+    with _layout(model, len(rows), sampling, compile):
+        if sampling.beams > 1 and draft is None:
             if logprobs:
                 raise UserError("log-probabilities of single tokens with beams > 1", remedy="use beams=1")
             best = [found[0].ids for found in _search(model, rows, sampling, eos)]
             return _packed(
                 best, None, pad, begins(model, rows), tokenizer, sampling, eos, next(model.parameters()).device
             )
-        run = Decoding(model, rows, sampling, eos=eos, pad=pad, logprobs=logprobs)
+        run = _begun(model, rows, sampling, draft, compile, eos, pad, logprobs)
         watch = (
             [TextRow(tokenizer, row, sampling.stop, eos) for row in begins(model, rows)]
             if tokenizer and sampling.stop
@@ -78,15 +104,20 @@ def sample(
         made: list[Tensor] = []
         chances: list[Tensor] = []
         lengths = torch.zeros(len(rows), dtype=torch.long, device=run.finished.device)
-        while not run.done:
-            lengths += ~run.finished
+        early = bool(eos or watch)  # whether rows may end early
+        every = LOOK if lengths.is_cuda and not watch else 1
+        while not (len(made) >= sampling.max_new_tokens if len(made) % every else run.done):
+            if early:
+                lengths += ~run.finished
             made.append(run.step())
             if run.logprob is not None:
                 chances.append(run.logprob)
             _watch(run, watch, made[-1])
-    ids = [tuple(row[:n]) for row, n in zip(torch.stack(made, 1).tolist(), lengths.tolist())]
-    kept = torch.stack(chances, 1) if chances else None
-    return _packed(ids, kept, pad, begins(model, rows), tokenizer, sampling, eos, lengths.device)
+    counts = lengths.tolist() if early else [len(made)] * len(rows)
+    ids = [tuple(row[:n]) for row, n in zip(torch.stack(made, 1).tolist(), counts)]
+    kept = torch.stack(chances, 1)[:, : max(counts)] if chances else None
+    result = _packed(ids, kept, pad, begins(model, rows), tokenizer, sampling, eos, lengths.device)
+    return replace(result, speculation=run.speculation) if isinstance(run, SpeculativeDecoding) else result
 
 
 def search(model: Any, tokenizer: Tokenizer | None, prompts: Any, sampling: Sampling) -> list[list[Hypothesis]]:
@@ -96,10 +127,19 @@ def search(model: Any, tokenizer: Tokenizer | None, prompts: Any, sampling: Samp
         return _search(model, rows, sampling, _ends(tokenizer, sampling)[0])
 
 
-def stream(model: Any, tokenizer: Tokenizer | None, prompt: Any, **sampling: Any) -> Iterator[Any]:
+def stream(
+    model: Any,
+    tokenizer: Tokenizer | None,
+    prompt: Any,
+    *,
+    draft: Draft | None = None,
+    compile: bool = False,
+    **sampling: Any,
+) -> Generator[Any, None, Speculation | None]:
     """The pieces of one prompt's new text as they come, or its new ids (ints) without a tokenizer.
 
-    Pieces hold whole characters and never the beginning of a stop string; together they are `generate`'s text.
+    Pieces hold whole characters and never the beginning of a stop string; together they are `generate`'s text. What the
+    generator returns at its end is what a draft was good for, None without one.
     """
     options = Sampling.of(**sampling)
     rows = _ids(tokenizer, prompt if tokenizer is not None or isinstance(prompt, Tensor) else [prompt])
@@ -107,8 +147,8 @@ def stream(model: Any, tokenizer: Tokenizer | None, prompt: Any, **sampling: Any
         raise UserError(f"{len(rows)} prompts to stream", remedy="stream one, or use generate for several")
     eos, pad = _ends(tokenizer, options)
     text = None if tokenizer is None else TextRow(tokenizer, begins(model, rows)[0], options.stop, eos)
-    with vector_layout(model, 1, options.max_new_tokens):
-        run = Decoding(model, rows, options, eos=eos, pad=pad)
+    with _layout(model, 1, options, compile):
+        run = _begun(model, rows, options, draft, compile, eos, pad)
         while not run.done:
             token = int(run.step()[0])
             if text is None:
@@ -122,6 +162,35 @@ def stream(model: Any, tokenizer: Tokenizer | None, prompt: Any, **sampling: Any
     rest = "" if text is None else text.flush()
     if rest:
         yield rest
+    return run.speculation[0] if isinstance(run, SpeculativeDecoding) else None
+
+
+def _layout(model: Any, rows: int, sampling: Sampling, compile: bool) -> AbstractContextManager[None]:
+    """How the weights lie meanwhile. Raises UserError for what cannot be compiled."""
+    if compile and sampling.beams > 1:
+        raise UserError("compiled steps with beams, which change rows", remedy="leave compile out, or set beams=1")
+    return vector_layout(model, rows * sampling.beams, sampling.max_new_tokens)
+
+
+def _begun(
+    model: Any,
+    rows: Prompts,
+    sampling: Sampling,
+    draft: Draft | None,
+    compile: bool,
+    eos: tuple[int, ...],
+    pad: int,
+    logprobs: bool = False,
+) -> Decoding | SpeculativeDecoding:
+    """Token by token, with a draft where there is one."""
+    if draft is None:
+        steps = compiled if compile else ModelSteps
+        return Decoding(model, rows, sampling, eos=eos, pad=pad, logprobs=logprobs, steps=steps)
+    if compile:
+        raise UserError(
+            "compiled steps beside a draft, whose tokens are verified several at a time", remedy="choose one"
+        )
+    return SpeculativeDecoding(model, rows, sampling, draft, eos=eos, pad=pad, logprobs=logprobs)
 
 
 def _search(model: Any, rows: Prompts, sampling: Sampling, eos: tuple[int, ...]) -> list[list[Hypothesis]]:
@@ -131,7 +200,7 @@ def _search(model: Any, rows: Prompts, sampling: Sampling, eos: tuple[int, ...])
         return beam_search(steps, steps.first, begins(model, rows), sampling, eos=eos)
 
 
-def _watch(run: Decoding, rows: list[TextRow], tokens: Tensor) -> None:
+def _watch(run: Decoding | SpeculativeDecoding, rows: list[TextRow], tokens: Tensor) -> None:
     """Ends the rows whose text now holds a stop string."""
     if not rows:
         return

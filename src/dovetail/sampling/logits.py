@@ -6,6 +6,8 @@ of `constrain` and then `warp` is that of transformers.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def no_repeat_ngram(scores: Tensor, history: Tensor, size: int) -> Tensor:
 
 def suppress(scores: Tensor, ids: tuple[int, ...]) -> Tensor:
     """Bars `ids`."""
-    return scores.index_fill(-1, torch.tensor(ids, device=scores.device), float("-inf"))
+    return scores.index_fill(-1, _on_device(ids, scores.device), float("-inf"))
 
 
 def temperature(scores: Tensor, value: float) -> Tensor:
@@ -102,6 +104,12 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     passed = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     at = torch.searchsorted(passed, uniform[:, None] * passed[:, -1:], right=True)
     return at.squeeze(-1).clamp_max(scores.shape[-1] - 1)
+
+
+@lru_cache(maxsize=64)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied there once: a copy at every step would make the host wait for the device."""
+    return torch.tensor(ids, device=device)
 
 
 def _marked(ids: Tensor, vocab: int) -> Tensor:

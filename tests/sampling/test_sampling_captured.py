@@ -1,0 +1,171 @@
+"""Compiled decoding steps: the same tokens as plain ones, prompt after prompt, with nothing compiled twice."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from sampling_models import VOCAB, llama
+
+import dovetail as dt
+from dovetail.errors import RunError, UserError
+from dovetail.sampling import Captured, Sampling, sample, stream
+from dovetail.sampling.decode import Decoding
+
+PROMPTS = [[[5, 6, 7, 8, 9, 10, 11, 12], [3, 4], [9, 8, 7]], [[1], [2, 3, 4, 5, 6], [7, 8]]]
+MIXERS = {
+    "rope, groups": {"kind": "attention", "heads": 4, "kv_heads": 2},
+    "ring": {"kind": "attention", "heads": 2, "mask": {"kind": "window", "size": 5}},
+    "matrix": {"kind": "linear"},
+    "mamba": {"kind": "mamba"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> None:
+    torch.compiler.reset()
+
+
+def built(mixer: dict[str, Any]) -> Any:
+    """Two layers whose matrices are wide enough that no two scores tie."""
+    spec = {"kind": "decoder", "vocab": VOCAB, "dim": 32, "depth": 2, "context": 64, "blocks": {"mixer": mixer}}
+    model = dt.build(spec).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, 0.3)
+    return model
+
+
+def made(model: Any, prompts: Any, runner: Captured | None = None, **options: Any) -> tuple[list[Any], list[Any]]:
+    """(tokens, log-probabilities) of every step."""
+    sampling = Sampling.of(max_new_tokens=9, **options)
+    steps = {} if runner is None else {"steps": lambda _, rows, new: runner.read(rows, new)}
+    run = Decoding(model, prompts, sampling, eos=sampling.eos or (), logprobs=True, **steps)
+    tokens, chances = [], []
+    while not run.done:
+        tokens.append(run.step().tolist())
+        assert run.logprob is not None
+        chances.append(run.logprob.tolist())
+    return tokens, chances
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_same_tokens_as_plain_steps(name: str) -> None:
+    """Greedy, then drawn, prompt after prompt."""
+    model = built(MIXERS[name])
+    runner = Captured(model, 3, 24, backend="aot_eager" if name == "rope, groups" else "eager")
+    for options in ({}, {"temperature": 0.9, "top_k": 20, "seed": 4}):
+        for prompts in PROMPTS:
+            expected, found = made(model, prompts, **options), made(model, prompts, runner, **options)
+            assert found[0] == expected[0]
+            torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)
+    assert runner.compilations == 1
+
+
+def test_a_row_that_ends_pads_and_constraints_hold() -> None:
+    model = built(MIXERS["rope, groups"])
+    runner = Captured(model, 3, 24, backend="eager")
+    plain = made(model, PROMPTS[0])[0]
+    for options in ({"eos": plain[2][0]}, {"repetition_penalty": 1.3}, {"suppress": (plain[0][0], plain[1][1])}):
+        expected, found = made(model, PROMPTS[0], **options), made(model, PROMPTS[0], runner, **options)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert runner.compilations == 1
+
+
+def test_a_changed_model_is_compiled_anew_and_an_optimiser_s_step_is_not() -> None:
+    model = built(MIXERS["rope, groups"])
+    runner = Captured(model, 3, 24, backend="eager")
+    made(model, PROMPTS[0], runner)
+    with torch.no_grad():
+        model.blocks[0].mixer.qkv.weight.mul_(-1)  # in place
+    assert made(model, PROMPTS[0], runner)[0] == made(model, PROMPTS[0])[0]
+    assert runner.compilations == 1
+    model.blocks[1].mixer.qkv.weight.data = model.blocks[1].mixer.qkv.weight.data * -1  # elsewhere
+    assert made(model, PROMPTS[0], runner)[0] == made(model, PROMPTS[0])[0]
+    model = dt.adapt(model, dt.adapters.Lora(rank=2))
+    for name, p in model.named_parameters():
+        if "adapters" in name:
+            p.data.normal_()
+    runner.model = model
+    assert made(model, PROMPTS[0], runner)[0] == made(model, PROMPTS[0])[0]
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_runners_do_not_crowd_each_other_out() -> None:
+    model = built({"kind": "linear"})
+    for rows in (1, 2):
+        runner = Captured(model, rows, 24, backend="eager")
+        assert made(model, PROMPTS[0][:rows], runner)[0] == made(model, PROMPTS[0][:rows])[0]
+
+
+def test_public_face(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """generate, sample and stream: same results, the runner stays with the model, and copies begin without."""
+    built_with: list[Captured] = []
+
+    class Eager(Captured):
+        def __init__(self, *args: Any):
+            super().__init__(*args, backend="eager")
+            built_with.append(self)
+
+    monkeypatch.setattr("dovetail.sampling.captured.Captured", Eager)
+    model = llama(tmp_path)[1]
+    prompt = torch.tensor([[5, 9, 11], [4, 4, 8]])
+    for new in (6, 12):
+        expected = dt.generate(model, None, prompt, max_new_tokens=new)
+        assert torch.equal(dt.generate(model, None, prompt, max_new_tokens=new, compile=True), expected)
+    assert len(built_with) == 1 and built_with[0].compilations == 1
+    ends = int(expected[0, 3])
+    options = Sampling.of(max_new_tokens=12, eos=ends)
+    found, plain = (sample(model, None, prompt, options, logprobs=True, compile=c) for c in (True, False))
+    assert torch.equal(found.tokens, plain.tokens) and torch.equal(found.lengths, plain.lengths)
+    torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-4, rtol=1e-4)
+    one = prompt[:1]
+    assert list(stream(model, None, one, max_new_tokens=5, compile=True)) == expected[0, :5].tolist()
+    assert len(built_with) == 2, "other rows"
+    assert copy.deepcopy(model)._compiled_steps.captured is None
+    with pytest.raises(UserError, match="beams"):
+        dt.generate(model, None, prompt, max_new_tokens=4, beams=2, compile=True)
+
+
+def test_refusals() -> None:
+    model = built({"kind": "linear"})
+    runner = Captured(model, 1, 6, backend="eager")
+    with pytest.raises(UserError, match="capacity of 6"):
+        runner.read([[1, 2, 3]], 4)
+    with pytest.raises(UserError, match="no prompts"):
+        dt.generate(model, None, [], compile=True)
+    with pytest.raises(UserError, match="2 prompts for 1 rows"):
+        runner.read([[1], [2]], 2)
+    first = runner.read([[1, 2, 3]], 2)
+    token = torch.tensor([1])
+    for _ in range(3):
+        first(token)
+    with pytest.raises(RunError, match="full"):
+        first(token)
+    runner.read([[4]], 2)
+    with pytest.raises(RunError, match="over"):
+        runner.step(first, token)
+    pair = {"kind": "encoder_decoder", "vocab": 9, "dim": 32, "decoder_start": 1}
+    with pytest.raises(UserError, match="encoder-decoder"):
+        Captured(dt.build(pair), 1, 8)
+
+
+@pytest.mark.slow
+def test_same_tokens_by_inductor() -> None:
+    model = built(MIXERS["rope, groups"])
+    runner = Captured(model, 3, 24)
+    for prompts in PROMPTS:
+        assert made(model, prompts, runner)[0] == made(model, prompts)[0]
+    assert runner.compilations == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("name", MIXERS)
+def test_one_graph_serves_every_step_of_every_prompt(name: str) -> None:
+    model = built(MIXERS[name]).cuda()
+    runner = Captured(model, 3, 24)
+    for prompts in PROMPTS:
+        assert made(model, prompts, runner)[0] == made(model, prompts)[0]
+    assert (runner.compilations, runner.captures) == (1, 1)
