@@ -107,6 +107,25 @@ def test_never_holds_all_logits() -> None:
     assert total.requires_grad
 
 
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_the_heads_gradient_is_as_wide_as_it_must_be(monkeypatch: Any, chunks: int) -> None:
+    """A bf16 head: several chunks add up in fp32 and are rounded once, one chunk has no fp32 copy."""
+    monkeypatch.setitem(next_token._CHUNK, "cpu", 640 // chunks * 101)
+    head, labels = nn.Linear(32, 101, bias=False).bfloat16(), torch.randint(0, 101, (640,))
+    h = torch.randn(640, 32).bfloat16().requires_grad_()
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        total, *_ = cross_entropy(head, h, labels)
+    found = torch.autograd.grad(total / 640, [h, head.weight])
+    assert (torch.float32 in kept) == (chunks > 1)
+    wide = nn.Linear(32, 101, bias=False)
+    wide.load_state_dict(head.float().state_dict())
+    x = h.detach().float().requires_grad_()
+    wanted = torch.autograd.grad(F.cross_entropy(wide(x), labels), [x, wide.weight])
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.bfloat16 and (a.float() - b).norm() < 1e-2 * b.norm()
+
+
 def test_without_gradients_nothing_is_differentiated() -> None:
     head = nn.Linear(8, 50)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from dovetail import hub
 from dovetail.errors import DataError, RunError, SpecError
 from dovetail.training import Recipe, fit
 from dovetail.training.loop import Run, evaluate
-from dovetail.training.optim import Average, adamw, clip
+from dovetail.training.optim import Average, adamw, clip, update
 from dovetail.training.setup import set_up
 from training.small import recipe
 
@@ -103,6 +103,26 @@ def test_clip_equals_torch() -> None:
         torch.testing.assert_close(clip(ours, limit), nn.utils.clip_grad_norm_(theirs, limit))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e3])
+def test_a_step_clips_as_it_goes(dtype: torch.dtype, limit: float) -> None:
+    """The clip inside the fused optimiser's pass is `clip` and a step: weights, norm, and what is left in the gradients."""
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 3 * n).view(n, 3).to(dtype)) for n in (4, 7)] for _ in range(2))
+    one, other = (torch.optim.AdamW(p, lr=1e-2, fused=True) for p in (ours, theirs))
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        wanted = clip(theirs, limit)
+        other.step()
+        found = update(one, ours, limit)
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+            torch.testing.assert_close(a, b)
+    assert not hasattr(one, "grad_scale")
 
 
 def test_average_is_the_formula_and_swaps_back() -> None:

@@ -20,7 +20,7 @@ from training.small import recipe
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("name", ["tiny", "pydoc"])
+@pytest.mark.parametrize("name", ["tiny", "pydoc", "pydoc_draft"])
 def test_shipped_recipes_parse(name: str) -> None:
     read = Recipe.load(RECIPES / f"{name}.yaml", ["train.steps=40", "train.lr=1e-3", "out=somewhere"])
     assert (read.train.steps, read.train.lr, read.out) == (40, 1e-3, "somewhere")

@@ -196,6 +196,12 @@ def test_resume_needs_the_same_recipe(tmp_path: Path) -> None:
         fit(data, progress=False)
     with pytest.raises(SpecError, match=r"train\.lr was 0\.01"):
         fit(data, ["train.lr=0.5"], resume=True, progress=False)
+    kept = tmp_path / "out/checkpoints/step-00000002/state.json"
+    state = json.loads(kept.read_text())
+    assert state["recipe"]["train"].pop("compile") is False  # as before there was such an option
+    kept.write_text(json.dumps(state))
+    with pytest.raises(SpecError, match=r"train\.compile was None"):
+        fit(data, ["train.compile=true"], resume=True, progress=False)
     again = fit(data, ["train.log_every=5"], resume=True, progress=False)
     assert again.steps == 2 and again.loss > 0
 

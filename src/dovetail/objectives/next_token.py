@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from dovetail.errors import DataError
+from dovetail.kernels import twins
 from dovetail.objectives.base import IGNORED, Batch, Loss, Objective, Term, check_direction
 from dovetail.spec import register
 
 # Logits held at a time: rows enough for full matmul speed, far below (B,T,V). 8 MB in fp32 stay in a CPU's cache and
-# in pages that it has; a GPU wants fewer, larger kernels (256 MB).
-_CHUNK = {"cpu": 2**21, "cuda": 2**26}
+# in pages that it has; a GPU wants fewer, larger kernels, since each adds a gradient of the whole head to their sum.
+_CHUNK = {"cpu": 2**21, "cuda": 2**27}
+_ROWS = 128  # a GPU's tile of a product: rows come in whole ones
 
 
 @register(
@@ -82,18 +87,55 @@ def cross_entropy(
 
     fused: compile the passes over the logits, as goes with a compiled model.
     """
+    if twins.asked():
+        return plain_cross_entropy(head(h), labels, smoothing, z)
     differentiate = torch.is_grad_enabled()
     one = _compiled_softmax_loss() if fused else softmax_loss
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
         return one(logits, labels[rows], smoothing, z, differentiate)
 
-    total, nats, hits = through_head(head, h, loss)
+    total, nats, hits = through_head(head, h, loss, fused=fused)
     return total, nats, hits
 
 
+def plain_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, z: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain twin of `cross_entropy`: torch's own over all logits (N,V) at once, differentiated by autograd."""
+    logits, real = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels != IGNORED
+    known: dict[str, Any] = {"ignore_index": IGNORED, "reduction": "sum"}
+    total = F.cross_entropy(logits, labels, label_smoothing=smoothing, **known)
+    if z:
+        total = total + z * torch.logsumexp(logits[real], -1).square().sum()
+    hits = ((logits.argmax(-1) == labels) & real).sum()
+    return total, F.cross_entropy(logits.detach(), labels, **known), hits
+
+
+def rows_at_once(rows: int, vocab: int, device: str, fused: bool) -> int:
+    """Rows of logits that live at a time, of `rows`. fused: passes that are compiled hold half as much of each."""
+    if twins.asked():
+        return rows
+    most = _CHUNK.get(device, _CHUNK["cuda"]) * (2 if fused and device != "cpu" else 1) // vocab
+    return max(64, most // _ROWS * _ROWS if most >= _ROWS else most)
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Inside, a CPU cuts logits as `device` does: a step whose memory is only counted runs on none. Passes are not fused
+    then, and as many bytes of half as many rows are counted."""
+    before = _CHUNK["cpu"]
+    _CHUNK["cpu"] = _CHUNK.get(device, _CHUNK["cuda"])
+    try:
+        yield
+    finally:
+        _CHUNK["cpu"] = before
+
+
 def through_head(
-    head: Callable[[Tensor], Tensor], h: Tensor, loss: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+    head: Callable[[Tensor], Tensor],
+    h: Tensor,
+    loss: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]],
+    *,
+    fused: bool = False,
 ) -> list[Tensor]:
     """Sums over the logits of hidden states h (N,C), the first of which can be differentiated.
 
@@ -105,10 +147,10 @@ def through_head(
     differentiate = torch.is_grad_enabled()
     probe = head(h[:1].detach())
     leaves = _leaves(probe) if differentiate else []
-    rows = max(64, _CHUNK.get(h.device.type, _CHUNK["cuda"]) // probe.shape[-1])
+    rows = rows_at_once(h.shape[0], probe.shape[-1], h.device.type, fused)
     sums: Tensor | None = None
-    d_h: list[Tensor] = []
-    d_leaves: list[Tensor] | None = None
+    d_h = torch.empty_like(h) if differentiate else h
+    d_leaves: list[Tensor] = []
     for start in range(0, h.shape[0], rows):
         span = slice(start, start + rows)
         x = h[span].detach().requires_grad_(differentiate)
@@ -117,16 +159,18 @@ def through_head(
         sums = part if sums is None else sums + part
         if d_logits is None:
             continue
-        d_x, *d_part = torch.autograd.grad(logits, [x, *leaves], d_logits)
-        d_h.append(d_x)
-        if d_leaves is None:
-            d_leaves = [d.clone() if d.dtype == torch.float64 else d.float() for d in d_part]
-        elif d_leaves:
+        d_h[span], *d_part = torch.autograd.grad(logits, [x, *leaves], d_logits)
+        if not start:
+            d_leaves = d_part
+            continue
+        if start == rows:  # sums are wide and of their own; one chunk needs neither
+            d_leaves = [d.to(torch.promote_types(d.dtype, torch.float32), copy=True) for d in d_leaves]
+        if d_leaves:
             torch._foreach_add_(d_leaves, d_part)
     assert sums is not None
     total, *rest = sums.unbind()
     if differentiate:
-        total = _Deliver.apply(total, 1 + len(leaves), h, *leaves, torch.cat(d_h), *(d_leaves or []))
+        total = _Deliver.apply(total, 1 + len(leaves), h, *leaves, d_h, *d_leaves)
     return [total, *rest]  # type: ignore[list-item]
 
 
@@ -190,9 +234,14 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor, n: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[n:])
+        ctx.dtypes = [t.dtype for t in tensors[:n]]
         return total.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        known = ctx.saved_tensors
-        return (None, None, *(d * grads[0].to(d.dtype) for d in known), *[None] * len(known))
+        # Written in the type that is asked for: no wide copy beside all that the backward still needs.
+        given = [torch.empty_like(d, dtype=dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        for out, d in zip(given, ctx.saved_tensors, strict=True):
+            torch.mul(d, grads[0].to(d.dtype), out=out)
+        return (None, None, *given, *[None] * len(given))

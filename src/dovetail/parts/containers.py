@@ -86,7 +86,7 @@ class StackModule(Drops):
             _check_streams(block, spec.streams, slot.at(f"blocks.{i}").path)
             self.blocks.append(slot.build(block, f"blocks.{i}", layer=i, depth=spec.depth))
         self.norm = None if spec.norm is None else slot.build(spec.norm, "norm", dim=spec.streams * slot.dim)
-        self.checkpointing = False
+        self.checkpointing = 0  # every how many blocks are made again in the backward
         specs = [block.spec for block in self.blocks]
         self.first = tuple(i for i, spec in enumerate(specs) if spec not in specs[:i])  # of every sort of block
 
@@ -127,7 +127,7 @@ class StackModule(Drops):
             ctx = replace(ctx, pieces=max(1, min(PIECES, x.shape[0] * x.shape[1] // TOKENS)))
         for i, block in enumerate(self.blocks):
             layer = None if layers is None else layers[i]
-            if again:
+            if again and i % self.checkpointing == 0:
                 x = checkpoint(block, x, ctx, layer, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, ctx, layer)

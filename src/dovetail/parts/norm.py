@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dovetail.kernels import twins
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.weights import Rng
 from dovetail.spec import Slot, Spec, register
@@ -52,7 +53,7 @@ class RmsNormModule(nn.Module):
         weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) if self.late else self.weight
         weight = weight + self.offset if self.offset else weight
         if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-            if x.is_cuda:
+            if x.is_cuda and not twins.asked():
                 return F.rms_norm(x, weight.shape, weight, self.eps)  # one kernel; on CPU slower than the formula
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

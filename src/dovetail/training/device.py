@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dovetail.errors import UserError
+from dovetail.kernels import twins
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's name counts.
 _PEAKS = {
@@ -44,7 +45,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 def precision(wanted: str, device: torch.device) -> str:
     """ "bf16" or "none" from a recipe's autocast."""
     if wanted == "auto":
-        return "bf16" if bf16_is_fast(device) else "none"
+        return "bf16" if bf16_is_fast(device) and not twins.asked() else "none"
     return wanted
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from dovetail.adapters.many import after_backward, before_step, penalty
 from dovetail.data import Batches, Sampler
 from dovetail.data.rows import Rows, collate, real_tokens
 from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError, StoppedError
+from dovetail.kernels import twins
 from dovetail.objectives import Objective
 from dovetail.stats import RunningMean
 from dovetail.training import checkpoint
 from dovetail.training.device import autocast, compiled, peak_memory, peak_rate, precision
 from dovetail.training.flops import flops_per_token, parameter_count
 from dovetail.training.meters import Bar, Log, Rate
-from dovetail.training.optim import Average, adamw, clip, set_rate
+from dovetail.training.optim import Average, adamw, set_rate, update
 from dovetail.training.recipe import Recipe, Train
+from dovetail.training.room import every, spoken
 from dovetail.training.schedules import factor
 from dovetail.training.setup import Parts, copy_tokenizer, set_up, with_helpers
 from dovetail.training.stopping import sigterm_awaited
@@ -85,10 +87,11 @@ def fit(
         )
     if recipe.adapter is not None:
         check_room(out)
-    run = Run(set_up(recipe), out)
-    if resume and checkpoint.found(out):
-        run.restore(checkpoint.found(out)[-1])
-    return run.train(progress)
+    with twins.plain() if recipe.train.plain else nullcontext():
+        run = Run(set_up(recipe), out)
+        if resume and checkpoint.found(out):
+            run.restore(checkpoint.found(out)[-1])
+        return run.train(progress)
 
 
 class Run:
@@ -117,7 +120,7 @@ class Run:
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = Average(trainable(self.model).items(), t.ema) if t.ema else None
-        self.compiled = compiled(self.model, t.checkpointing) if t.compile else self.model
+        self.compiled = compiled(self.model, every(self.model) > 0) if t.compile else self.model
         self.stepped: list[Any] = [
             m for m in self.model.modules() if hasattr(m, "at_step")
         ]  # go by the step (performer)
@@ -159,6 +162,8 @@ class Run:
         peak, against = peak_rate(self.device, dtype)
         rate = Rate(flops_per_token(self.model, t.length, train=True, asked=self.objective.asked), peak)
         log, bar = Log(self.out, self.step), Bar(self.step, t.steps, progress)
+        if t.checkpointing == "auto":
+            bar.say(f"blocks made again in the backward, to fit: {spoken(every(self.model))}")
         pending: list[tuple[int, Tensor, Tensor]] = []
         last: dict[str, Any] = {}
         held_out = None
@@ -258,8 +263,7 @@ class Run:
         extra = penalty(self.model)
         if extra is not None:
             extra.backward()
-        norm = clip(self.parameters, t.clip)
-        self.optimizer.step()
+        norm = update(self.optimizer, self.parameters, t.clip)
         after_backward(self.model, self.step + 1, t.steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -372,7 +376,8 @@ def _same_recipe(saved: dict[str, Any], given: dict[str, Any], where: str) -> No
         return {k: v for name, value in data.items() for k, v in flat(value, f"{path}.{name}".lstrip(".")).items()}
 
     a, b = flat(saved), flat(given)
-    different = [path for path in dict.fromkeys([*a, *b]) if a.get(path) != b.get(path)]
+    # An option that did not exist when the run began was off in it.
+    different = [path for path in dict.fromkeys([*a, *b]) if (a.get(path) or None) != (b.get(path) or None)]
     if different:
         path = different[0]
         raise SpecError(

@@ -98,10 +98,20 @@ def estimate(
     return Estimate(method, sharded, each, device_bytes, devices if devices and devices <= _MOST else None)
 
 
-def train_flops(model: nn.Module, method: Method, length: int, checkpointing: bool) -> float:
-    """Operations a token really computed: no weight gradients under a frozen base, the forward twice when recomputed."""
+def nf4_bytes(model: nn.Module) -> float:
+    """Of the weights where the blocks' linear maps are kept in NF4 and all others as they are, adapters among them."""
+    maps = [m.weight for b in _blocks(model) for m in b.modules() if isinstance(m, nn.Linear)]
+    maps = [w for w in maps if w is not None and not w.requires_grad]
+    whole = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return whole - sum(w.numel() * w.element_size() for w in maps) + _NF4 * sum(w.numel() for w in maps)
+
+
+def train_flops(model: nn.Module, method: Method, length: int, checkpointing: float) -> float:
+    """Operations a token really computed: no weight gradients under a frozen base, the forward twice when recomputed.
+
+    checkpointing: share of the blocks that are."""
     forward = flops_per_token(model, length)
-    return forward * ((3.0 if method == "full" else 2.0) + (1.0 if checkpointing else 0.0))
+    return forward * ((3.0 if method == "full" else 2.0) + checkpointing)
 
 
 def _activations(model: nn.Module, blocks: list[nn.Module], tokens: int, checkpointing: bool) -> dict[str, float]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError, SpecError
+from dovetail.kernels import twins
 from dovetail.parts.adaptable import Adapter
 from dovetail.parts.weights import Linear, Lookup
 
@@ -55,7 +58,8 @@ def adamw(
             remedy="see the names of the model's parameters; an earlier pattern may have taken them all",
         )  # fmt: skip
     listed = [{"params": p, "lr": peak, "peak": peak, "weight_decay": wd} for (peak, wd), p in groups.items()]
-    return torch.optim.AdamW(listed, lr=lr, betas=betas, eps=eps, fused=True)
+    how: dict[str, Any] = {"fused": False, "foreach": False} if twins.asked() else {"fused": True}
+    return torch.optim.AdamW(listed, lr=lr, betas=betas, eps=eps, **how)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -69,13 +73,40 @@ def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
 
     Pascanu et al. 2013, algorithm 1.
     """
+    if twins.asked():
+        return nn.utils.clip_grad_norm_(parameters, limit or math.inf, foreach=False)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # type: ignore[arg-type]
-    if limit:
+    norm = joint_norm(grads)
+    if limit and grads:
         # A tensor factor: the host never waits for the norm.
         torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp_max(1.0))
+    return norm
+
+
+def joint_norm(grads: list[Tensor]) -> Tensor:
+    """() The norm of all entries, in fp32 or wider whatever the gradients are in; 0 of none."""
+    if not grads:
+        return torch.zeros(())
+    wide = reduce(torch.promote_types, (g.dtype for g in grads), torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, wide)))  # type: ignore[arg-type]
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """`clip`, then a step of the optimiser: (), the norm before. Gradients are left clipped.
+
+    A fused optimiser divides them while it reads them, by what a loss's scale is meant for: one pass over all of them
+    less.
+    """
+    if not limit or not all(group.get("fused") for group in optimizer.param_groups):
+        norm = clip(parameters, limit)
+        optimizer.step()
+        return norm
+    norm = joint_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.grad_scale = ((norm + 1e-6) / limit).clamp_min(1.0).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale  # type: ignore[attr-defined]
     return norm
 
 

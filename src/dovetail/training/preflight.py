@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from dovetail.adapters import adapt
 from dovetail.data import Batches, Sampler
 from dovetail.data.rows import IGNORED, Rows, collate
 from dovetail.errors import DataError
@@ -23,6 +24,8 @@ from dovetail.training.device import autocast, choose, peak_memory, peak_rate, p
 from dovetail.training.flops import parameter_count
 from dovetail.training.memory import FROZEN, METHODS, Estimate, Method, estimate, remedies, train_flops
 from dovetail.training.recipe import Recipe
+from dovetail.training.room import Step, Way, look
+from dovetail.training.room import choose as choose_way
 from dovetail.training.setup import Parts, hub_folder, labelled_sets, load_tokenizer, model_spec, set_up, with_helpers
 
 _SHOWN = 256  # tokens of the first row that are printed
@@ -34,8 +37,8 @@ class Preflight:
     """What `preflight` found. estimates: full fine-tuning, LoRA and QLoRA with the recipe's batch and length.
 
     dry_run: {"seconds", "peak_bytes"} of the longest batch forward and backward, or None when it would not fit.
-    hours: for the recipe's steps. fits: whether the recipe does, on one device. cut: prompt-completion pairs that
-    are longer than a row.
+    hours: for the recipe's steps. way: how the step is taken and its peak, counted; None where it cannot be. fits:
+    whether the recipe does, on one device. cut: prompt-completion pairs that are longer than a row.
     """
 
     recipe: Recipe
@@ -48,9 +51,13 @@ class Preflight:
     dry_run: dict[str, float] | None
     hours: float
     cut: int = 0
+    way: Way | None = None
+    room: float = 0.0
 
     @property
     def fits(self) -> bool:
+        if self.way is not None:
+            return self.way.peak <= self.room
         return next(e for e in self.estimates if e.method == method_of(self.recipe)).fits
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +75,7 @@ class Preflight:
             "dry_run": self.dry_run,
             "hours": self.hours,
             "pairs_cut": self.cut,
+            "step": None if self.way is None else asdict(self.way) | {"peak_bytes": self.way.peak},
         }
 
     def __rich__(self) -> Group:
@@ -92,6 +100,10 @@ class Preflight:
         for name, size in self.estimates[0].each.items():
             if name.startswith(FROZEN):
                 parts.append(f"among it the objective's {name.removeprefix(FROZEN)}, frozen: {size / 1e9:,.2f} GB")
+        if self.way is not None:
+            chosen = "chosen" if t.checkpointing == "auto" else "as asked"
+            sizes = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in self.way.sizes.items())
+            parts.append(f"the step, counted, {chosen}: {self.way} ({sizes})")
         if self.dry_run is not None:
             seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
             parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")
@@ -114,19 +126,28 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
     device = choose(t.device)
     model = _on_paper(recipe)
     room = total_memory(device)
-    same: dict[str, Any] = {"batch": t.batch, "length": t.length, "checkpointing": t.checkpointing}
+    same: dict[str, Any] = {"batch": t.batch, "length": t.length, "checkpointing": bool(t.checkpointing)}
     same["helpers"] = _helper_bytes(recipe)
     rank = getattr(recipe.adapter, "rank", 16)
     estimates = tuple(estimate(model, method, device_bytes=room, rank=rank, **same) for method in METHODS)
     asked = next(e for e in estimates if e.method == method_of(recipe))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     about = f"{name} with {room / 1e9:,.0f} GB"
-    if not asked.fits:
-        advice = tuple(remedies(model, asked, **same))
+    step = _step(recipe, device, sum((same["helpers"] or {}).values()))
+    way = look(step, device.type, room, t.checkpointing)
+    if not (asked.fits if way is None else way.peak <= room):
+        other = choose_way(step, device.type, room)
+        advice = (*([str(other)] if other is not None else []), *remedies(model, asked, **same))
         peak, _ = peak_rate(device, torch.bfloat16)
-        work = train_flops(model, asked.method, t.length, t.checkpointing) * t.batch * t.length * t.accumulate * t.steps
+        work = (
+            train_flops(model, asked.method, t.length, float(bool(t.checkpointing)))
+            * t.batch
+            * t.length
+            * t.accumulate
+            * t.steps
+        )
         hours = work / (peak * _MFU) / 3600
-        return Preflight(recipe, parameter_count(model), about, estimates, advice, None, (), None, hours)
+        return Preflight(recipe, parameter_count(model), about, estimates, advice, None, (), None, hours, 0, way, room)
     parts = set_up(recipe)
     rows = parts.rows(parts.train)
     batch: dict[str, Tensor] | None = Batches(rows, Sampler(len(rows), t.seed), t.batch).next()
@@ -142,7 +163,7 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
         pieces = tuple(parts.tokenizer.decode([i], skip_special=False) or f"<{i}>" for i in shown)
     hours = dry["seconds"] * t.accumulate * t.steps / 3600
     cut = getattr(rows, "cut", 0)
-    return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut)
+    return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut, way, room)
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -191,6 +212,19 @@ def _on_paper(recipe: Recipe) -> Any:
         tokenizer: Any = load_tokenizer(recipe) if labelled is None else None
         return build(model_spec(recipe, tokenizer, labelled), weights=False)
     return build(read_config(hub_folder(recipe.model))[0], weights=False)
+
+
+def _step(recipe: Recipe, device: torch.device, frozen: float) -> Step:
+    """The recipe's step on paper. What an adapter leaves alone keeps a checkpoint's dtype where autocast rounds anyway."""
+    t, model = recipe.train, _on_paper(recipe)
+    rounded = precision(t.autocast, device)
+    if recipe.adapter is not None:
+        narrow = isinstance(recipe.model, str) and rounded == "bf16"
+        model = model.to(torch.bfloat16) if narrow else model
+        adapt(model, recipe.adapter)  # type: ignore[arg-type]
+    return Step(
+        model, t.batch, t.length, t.accumulate, rounded, t.compile, bool(t.ema), frozen, recipe.storage is not None
+    )
 
 
 def _helper_bytes(recipe: Recipe) -> dict[str, float]:

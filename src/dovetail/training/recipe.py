@@ -53,7 +53,9 @@ class Train(Section):
     last share of steps in which "wsd" falls. clip: largest gradient norm (0: none). ema: decay of an averaged copy of
     the weights, which is then what is evaluated and exported (0: none). autocast: "auto" takes bf16 where the device
     computes it faster. save_every, eval_every, log_every: in steps (0: only at the end). keep: checkpoints that stay.
-    eval_batches: at most so many held-out batches (0: all).
+    eval_batches: at most so many held-out batches (0: all). checkpointing: blocks made again in the backward, all of
+    them, one in so many, or as few as fit into the device's memory ("auto"; see `preflight`). plain: every fast path off, the kernels' plain twins in
+    fp32 (`kernels.twins`): slow, and what a fast run is to agree with.
     """
 
     steps: int = Field(ge=1)
@@ -73,7 +75,8 @@ class Train(Section):
     ema: float = Field(default=0.0, ge=0, lt=1)
     autocast: Literal["auto", "none", "bf16"] = "auto"
     compile: bool = False
-    checkpointing: bool = False
+    plain: bool = False
+    checkpointing: bool | Annotated[int, Field(ge=2)] | Literal["auto"] = False
     save_every: int = Field(default=0, ge=0)
     eval_every: int = Field(default=0, ge=0)
     eval_batches: int = Field(default=0, ge=0)
@@ -127,6 +130,12 @@ class Recipe(Section):
             raise SpecError(
                 f"the adapter {recipe.adapter.kind!r} runs other blocks in every step, which compiled code cannot",  # type: ignore[union-attr]
                 where=f"{where}.train.compile", remedy="set it to false, or the adapter's drop",
+            )  # fmt: skip
+        fast = {"compile": recipe.train.compile, "autocast": recipe.train.autocast == "bf16"}
+        if recipe.train.plain and any(fast.values()):
+            raise SpecError(
+                f"train.plain turns every fast path off, and train.{next(k for k in fast if fast[k])} turns one on",
+                where=f"{where}.train", remedy="leave one of them out",
             )  # fmt: skip
         if recipe.adapters and (recipe.adapter is None or "default" in recipe.adapters):
             raise SpecError(

@@ -29,9 +29,10 @@ from dovetail.objectives.span_corruption import SpanCorruption
 from dovetail.parts.containers import StackModule
 from dovetail.spec import Entry, Spec, entry, entry_of
 from dovetail.surgery import quantise
-from dovetail.training.device import choose, precision
+from dovetail.training.device import choose, precision, total_memory
 from dovetail.training.questions import rows_for
 from dovetail.training.recipe import Recipe, TokenizerTraining
+from dovetail.training.room import chosen_for
 
 Labels = tuple[LabelledSet, LabelledSet | None]  # to train on and held out
 
@@ -67,9 +68,13 @@ def set_up(recipe: Recipe) -> Parts:
     tokenizer: Any = load_tokenizer(recipe) if labelled is None else None
     model = make_model(recipe, tokenizer, device, labelled).to(device)
     check_direction(recipe.objective.kind, model)
+    again: Any = recipe.train.checkpointing
+    if again == "auto":
+        rounded = precision(recipe.train.autocast, device)
+        again = chosen_for(model, recipe.train, rounded, device, total_memory(device))
     for module in model.modules():
         if isinstance(module, StackModule):
-            module.checkpointing = recipe.train.checkpointing
+            module.checkpointing = int(again)
     if labelled is not None:
         return Parts(recipe, device, tokenizer, model, *labelled)
     train = _token_set(recipe, recipe.data.train, tokenizer)

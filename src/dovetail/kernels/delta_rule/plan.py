@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import has_triton
 
 
 def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
     """The path for `queries` tokens a row, and why. dtype: of the queries; width: D, of a key."""
+    if twins.asked():
+        return Plan("step", twins.WHY)
     if queries == 1:
         return Plan("step", "one token: one update of the state")
     if device == "cuda" and has_triton() and dtype != torch.float64:

