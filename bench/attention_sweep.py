@@ -19,13 +19,14 @@ from tuning import workers
 from dovetail.kernels.attention.triton import launch, sizes
 
 CHOICES: dict[str, list[tuple[int, int, int, int]]] = {
-    "attend": [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 256, 8, 2)],
-    "queries": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 8, 3)],
-    "keys": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2), (128, 128, 8, 2)],
+    "attend": [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 2)],
+    "queries": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)],
+    "keys": [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 8, 3), (64, 64, 4, 2), (64, 128, 8, 2)],
     "diagonals": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 128, 8, 2)],
 }  # fmt: skip
 SHAPES = {
     "": {64: Case(4, 32, 4096, 64), 128: Case(1, 16, 16384, 128)},
+    " band": {64: Case(1, 16, 32768, 64, window=512), 128: Case(1, 16, 32768, 128, window=512)},
     " table": {64: Case(4, 16, 4096, 64, False, "t5"), 128: Case(4, 16, 4096, 128, False, "t5")},
 }
 Job = tuple[str, int, tuple[int, int, int, int]]
@@ -35,7 +36,7 @@ def one(job: Job, score: str | None = None) -> Callable[[], Any]:
     """The forward, or the backward with only this kernel's tiles changed. score: another than the shape's own."""
     name, width, choice = job
     kernel, _, more = name.partition(" ")
-    case = SHAPES[" table" if more or kernel == "diagonals" else ""][width]
+    case = SHAPES[" table" if kernel == "diagonals" else f" {more}" if more else ""][width]
     sizes.NARROW[name][width] = sizes.Tiles(*choice)
     q, k, v = (t.detach() for t in inputs(case.B, case.T, (case.H, case.H, case.H), (case.D, case.D), BF16))
     span, made = case.rule.span(), scored(score or case.score, learned(case.score, case.H), case.H)
@@ -51,7 +52,7 @@ def one(job: Job, score: str | None = None) -> Callable[[], Any]:
 def compiled(job: Job) -> str:
     """Compiles into the cache on disk; empty where it could, else why not."""
     try:
-        for score in [None, "alibi"] if job[0].startswith("attend ") else [None]:
+        for score in [None, "alibi"] if job[0] == "attend table" else [None]:
             one(job, score)()
         torch.cuda.synchronize()
     except Exception as error:

@@ -18,7 +18,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tuning import workers
 
-from dovetail.kernels.attention import BoundMask, Distance, Region, Score, Toeplitz, plan, reference, regions, triton
+from dovetail.kernels.attention import (
+    Both,
+    BoundMask,
+    Distance,
+    Region,
+    Score,
+    Toeplitz,
+    plan,
+    reference,
+    regions,
+    triton,
+)
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Band, Beyond, Causal, Full, Mask, Prefix, Window
 
@@ -159,15 +170,15 @@ def checked(job: tuple[Check, str]) -> str:
 
 def _error(a: Tensor, b: Tensor) -> float:
     assert a.isfinite().all()
-    return ((a.double() - b).abs().max() / b.abs().max()).item()
+    return ((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6)).item()
 
 
 def check() -> None:
     """Each case in a process of its own: most of the time is compiling. What is timed is compiled on the way."""
     jobs = [(c, "plain") for c in CHECKS] + [(c, sort) for c in PLACED for sort in ("padded", "packed")]
     with workers() as pool:
-        made, lines = pool.map(warmed, CASES), pool.map(checked, jobs)
-        for line in lines:
+        made, lines, more = pool.map(warmed, CASES), pool.map(checked, jobs), pool.map(checked_regions, REGIONS)
+        for line in (*lines, *more):
             print(line, flush=True)
         for line in made:
             print(line, flush=True)
@@ -176,24 +187,42 @@ def check() -> None:
         mask, score = bound(case.rule, case.B, case.T), scored(case.score, learned(case.score, case.H), case.H)
         asked: dict[str, Any] = {"device": "cuda", "dtype": BF16, "queries": case.T, "width": case.D}
         assert plan(**asked, mask=mask, score=score).path == "triton", case
-    _check_regions()
 
 
-def _check_regions() -> None:
-    """Near and far keys with queries of their own, as ReRoPE has them, against the same in fp64."""
-    T, H, D = 1500, 4, 64
-    tensors = [*inputs(2, T, (H, 2, 2), (D, D), BF16), inputs(2, T, (H, 2, 2), (D, D), BF16)[0]]
-    near, far = bound(Causal() & Window(size=300), 2, T), bound(Beyond(size=300), 2, T)
+REGIONS = [
+    (dtype, sort, ahead) for dtype in (BF16, FP32) for sort in ("plain", "padded", "packed") for ahead in (False, True)
+]
+
+
+def nearby(mask: BoundMask, size: int) -> list[BoundMask]:
+    """What of it is nearer than `size`, and what is not, as ReRoPE splits it."""
+    return [BoundMask(Both(mask.rule, rule), mask.at) for rule in (Window(size=size), Beyond(size=size))]
+
+
+def checked_regions(job: tuple[torch.dtype, str, bool]) -> str:
+    """Near and far keys with queries and keys of their own, as ReRoPE has them, in one kernel, against the same in fp64;
+    `ahead`: a prefix before them, with which that kernel's results are merged."""
+    dtype, sort, ahead = job
+    triton.OWN = ("regions",)
+    torch.manual_seed(0)
+    T, H, D = (1500, 4, 128) if dtype == BF16 else (500, 4, 64)
+    tensors = [*inputs(2, T, (H, 2, 2), (D, D), dtype), *inputs(2, T, (H, 2, 2), (D, D), dtype)[:2]]
+    tensors += inputs(2, 20, (2, 2, 2), (D, D), dtype)[1:] if ahead else []
+    masks = nearby(bound(Causal(), 2, T, sort), 60)
     up, found = torch.randn_like(tensors[0]), []
     for given in (tensors, [t.detach().double().requires_grad_() for t in tensors]):
-        q, k, v, other = given
-        parts = [Region(k, v, near), Region(k, v, far, q=other)]
-        assert regions._own([(q, k, v)] * 2, [near, far]) == (given is tensors)
+        q, k, v, other, turned, *first = given
+        parts = [*([Region(*first)] if first else []), Region(k, v, masks[0]), Region(turned, v, masks[1], q=other)]
+        assert regions._own([(q, k, v)] * 2, masks) == (given is tensors)
+        assert regions._together([0, 1, 2, 3, 4, 2], masks) == [(0, 1)]
         out = regions.attend_regions(parts, q, D**-0.5)
         found.append((out, *torch.autograd.grad(out, given, up.to(out.dtype))))
     errors = [_error(a, b) for a, b in zip(*found, strict=True)]
-    print(f"regions: {' '.join(f'{e:.1e}' for e in errors)}", flush=True)
-    assert max(errors) < TOLERANCE[BF16], errors
+    line = (
+        f"regions {str(dtype)[6:]} {sort}{' behind a prefix' if ahead else ''}: {' '.join(f'{e:.1e}' for e in errors)}"
+    )
+    assert max(errors) < TOLERANCE[dtype], line
+    return line
 
 
 Way = tuple[Callable[[], Tensor], list[Tensor]]
@@ -298,7 +327,8 @@ def two_regions() -> Iterator[dict[str, Any]]:
     B, H, T, D = 4, 16, 4096, 128
     q, k, v = inputs(B, T, (H, H, H), (D, D), BF16)
     other, turned = inputs(B, T, (H, H, H), (D, D), BF16)[:2]
-    near, far, whole = (bound(rule, B, T) for rule in (Causal() & Window(size=512), Beyond(size=512), Causal()))
+    whole = bound(Causal(), B, T)
+    near, far = nearby(whole, 512)
     up = torch.randn_like(q)
     two = [Region(k, v, near), Region(turned, v, far, q=other)]
     made: dict[str, Way] = {

@@ -138,24 +138,44 @@ def test_more_keys_than_queries() -> None:
     compare([q, k, v], BoundMask(Full(), Coords(Side(order[0]), Side(order[1]))))
 
 
-def test_regions_merge_by_their_normalisers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Near and far keys and a prefix, each by itself, are one softmax; the backward goes by what all give together."""
-    T = 40
-    q, k, v = given(T, 1, 20, 16, torch.float32)
-    prefix = [torch.randn(1, 1, 5, D, device=DEVICE).requires_grad_() for D in (20, 16)]
-    masks = [bound(rule, T) for rule in (Window(size=18), Beyond(size=18))]
+@pytest.mark.parametrize("sort", ["prefix", "packed"])
+def test_regions_are_one_softmax(sort: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near and far keys, whose queries and keys differ, in one kernel, and a prefix by itself; the backward goes by what
+    all give together. Packed: in documents, with padding."""
+    T, prefixed = 40, sort == "prefix"
+    inputs = [*given(T, 1, 20, 16, torch.float32), *given(T, 1, 20, 16, torch.float32)[:2]]
+    if prefixed:
+        inputs += [torch.randn(1, 1, 5, D, device=DEVICE).requires_grad_() for D in (20, 16)]
+    number = (torch.arange(T, device=DEVICE) > 22).long()[None]
+    real = torch.arange(T, device=DEVICE)[None] < 37
+    ctx = Context.of(1, T, inputs[0].device, **({} if prefixed else {"attention_mask": real, "segments": number}))
+    masks = [ctx.narrowed(ctx.bind(Causal()), rule) for rule in (Window(size=12), Beyond(size=12))]
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
-        q, k, v, *own = tensors
-        parts = [Region(*own), *(Region(k, v, mask) for mask in masks)]
+        q, k, v, other, turned, *own = tensors
+        parts = [*([Region(*own)] if own else []), Region(k, v, masks[0]), Region(turned, v, masks[1], q=other)]
         out = regions.attend_regions(parts, q, SCALE)
         return [out, *torch.autograd.grad(out.double().square().sum(), tensors)]
 
-    inputs = [q, k, v, *prefix]
     plain = run([t.detach().double().requires_grad_() for t in inputs])
     monkeypatch.setattr(regions, "_own", lambda triples, masks: all(triton.kind(m, None, 20, FP32) for m in masks))
+    calls = []
+    monkeypatch.setattr(triton, "pair", lambda *a, pair=triton.pair: calls.append(a) or pair(*a))
     for ours, theirs in zip(run(inputs), plain, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "T"),
+    [(Causal() & Window(size=20) & Dilated(step=2), 41), (Dilated(step=3) & Band(before=9, after=13), 42)],
+    ids=["causal", "band"],
+)
+def test_every_nth_token(rule: Mask, T: int) -> None:
+    mask = bound(rule, T)
+    assert triton.kind(mask, None, 16, torch.float32) == "dilated"
+    compare(given(T, 1, 16, 16, torch.float32), mask)
+    assert triton.kind(bound(Dilated(step=3) & Band(before=9, after=1), 41), None, 16, torch.float32) is None
 
 
 def test_normalisers_have_gradients_and_empty_rows_are_zero() -> None:
@@ -217,7 +237,9 @@ SPANS: list[tuple[Mask, Span | None]] = [
     (SINKS & Beyond(size=2), Span(8, -2, 3)),
     (Causal() | Prefix(length=3), None),
     (Window(size=3) | Window(size=5), Span(4, 0)),
-    (Causal() & Dilated(step=2), None),
+    (Causal() & Dilated(step=2), Span(after=0, step=2)),
+    (Dilated(step=4) & Dilated(step=6), Span(step=12)),
+    (Dilated(step=2) | Causal(), None),
     (Causal() & (Window(size=3) | Globals(length=2)), None),
 ]
 
@@ -228,7 +250,7 @@ def test_spans_are_what_rules_show(rule: Mask, span: Span | None) -> None:
     if span is not None:
         i, j = torch.arange(20)[:, None], torch.arange(20)[None]
         before, after = (99 if bound is None else bound for bound in span[:2])
-        seen = (j - i <= after) & ((i - j <= before) | (j < span.sinks))
+        seen = (j - i <= after) & ((i - j <= before) | (j < span.sinks)) & ((i - j) % span.step == 0)
         assert torch.equal(seen, rule.allowed(Side(i), Side(j)).expand(20, 20))
 
 

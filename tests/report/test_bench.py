@@ -175,7 +175,8 @@ def test_cases_take_turns_and_products_are_counted() -> None:
 def test_every_script_of_the_folder_is_a_benchmark_or_a_known_tool() -> None:
     known = bench.benchmarks()
     tools = {file.stem for file in bench.FOLDER.glob("*.py")} - set(known)
-    assert tools == {"common", "tuning", "adapter_sweep", "attention_sweep", "bundle"}
+    sweeps = {"adapter_sweep", "attention_sweep", "decode_attention_sweep"}
+    assert tools == sweeps | {"common", "tuning", "bundle", "compiles", "races", "races_cases"}
     assert all(b.about.endswith(".") and b.minutes > 0 for b in known.values())
 
 

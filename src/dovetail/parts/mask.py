@@ -206,6 +206,9 @@ class Dilated(Mask):
     def allowed(self, q: Side, k: Side) -> Tensor:
         return torch.remainder(q.order - k.order, self.step) == 0
 
+    def span(self) -> Span:
+        return Span(step=self.step)
+
 
 @register(
     "mask", "strided", oracle="formula: i - j < stride or (i - j) mod stride == 0", source="Child et al. 2019, eq. 5"

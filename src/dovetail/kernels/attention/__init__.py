@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import bands, flex, reference, regions, sdpa, triton
 from dovetail.kernels.attention.coords import Ahead, Both, BoundMask, Coords, Rule, Side, Span
 from dovetail.kernels.attention.plan import Plan, plan
@@ -39,6 +40,8 @@ def attend(
         score=score,
         dropout=dropout,
     )
+    if chosen.path == "reference":
+        return reference.attend(q, k, v, mask, score, scale, dropout)[0]
     if chosen.path == "sdpa":
         return sdpa.attend(q, k, v, mask, score, scale, dropout)
     if chosen.path == "bands":
@@ -48,11 +51,15 @@ def attend(
         return flex.attend(q, k, v, mask, scale)
     if chosen.path == "triton":
         return triton.attend(q, k, v, mask, score, scale)
+    if chosen.path == "split keys":
+        return triton.decode(q, k, v, mask, score, scale)
     return reference.attend_tiled(q, k, v, mask, score, scale, dropout)
 
 
 def attend_regions(parts: Sequence[Region], q: Tensor, *, scale: float | None = None) -> Tensor:
     """One softmax over disjoint regions, each with keys, values, mask (and q) of its own; exact gradients. Raises BuildError for value terms."""
+    if twins.asked():
+        return reference.attend_regions(parts, q, _scale(q, None, scale))[0]
     return regions.attend_regions(parts, q, _scale(q, None, scale))
 
 

@@ -7,6 +7,7 @@ documents apart (negative: padding); `positions` is what encodings read.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -60,12 +61,14 @@ class Coords:
 
 class Span(NamedTuple):
     """Query i sees key j where -after <= i - j <= before; None is no bound. sinks: keys j < sinks are not too far back.
-    apart: nor are keys seen of another segment than one's own, or of a negative one."""
+    apart: nor are keys seen of another segment than one's own, or of a negative one. step: only keys a multiple of `step`
+    away."""
 
     before: int | None = None
     after: int | None = None
     sinks: int = 0
     apart: bool = False
+    step: int = 1
 
     def both(self, other: Span) -> Span | None:
         """What both see, or None where that is no span."""
@@ -78,15 +81,15 @@ class Span(NamedTuple):
             back, wider = (self, other) if self.before <= other.before else (other, self)
             if back.sinks > wider.sinks:
                 return None
-        return Span(back.before, after, back.sinks, self.apart or other.apart)
+        return Span(back.before, after, back.sinks, self.apart or other.apart, math.lcm(self.step, other.step))
 
     def either(self, other: Span) -> Span | None:
         """What one of them sees, or None where that is no span."""
-        if self.after != other.after or self.apart != other.apart:
+        if (self.after, *self[3:]) != (other.after, *other[3:]):
             return None
         if self.before is None or other.before is None:
-            return Span(None, self.after, 0, self.apart)
-        return Span(max(self.before, other.before), self.after, max(self.sinks, other.sinks), self.apart)
+            return Span(None, self.after, 0, *self[3:])
+        return Span(max(self.before, other.before), self.after, max(self.sinks, other.sinks), *self[3:])
 
     @staticmethod
     def of_all(spans: Iterable[Span | None]) -> Span | None:

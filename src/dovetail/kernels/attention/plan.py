@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 
 import torch
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import triton
 from dovetail.kernels.attention.bands import TILE
 from dovetail.kernels.attention.coords import BoundMask, Coords, Rule, Side
@@ -16,7 +17,7 @@ from dovetail.kernels.attention.score import Score
 
 @dataclass(frozen=True)
 class Plan:
-    """The path taken ("sdpa", "flex", "bands", "tiled", "triton", "regions") and the reason, for people."""
+    """The path taken ("sdpa", "flex", "bands", "tiled", "triton", "split keys", "regions", "reference") and why, for people."""
 
     path: str
     why: str
@@ -26,7 +27,7 @@ class Plan:
         return self.path in (_PLAIN | _PLAIN_ON_CUDA if device.startswith("cuda") else _PLAIN)
 
 
-_PLAIN = {"tiled", "step by step"}
+_PLAIN = {"reference", "tiled", "step by step"}
 _PLAIN_ON_CUDA = {"bands", "chunked", "scan"}
 _BAND = 64  # queries from which bands win on a CPU
 _SPARSE = (
@@ -47,11 +48,17 @@ def plan(
 ) -> Plan:
     """Chooses the path for one attention call. All arguments are static in a built model. width: of the widest of
     a head's query, key and value; 0 where that is no more than usual."""
+    if twins.asked():
+        return Plan("reference", twins.WHY)
     plain = score is None or score.plain
     hides = mask is not None and not mask.full
     if plain and device == "cpu" and dtype == torch.bfloat16 and queries >= _BAND and not dropout:
         return Plan("bands", "bf16 on CPU: bands of queries over a scratch that all layers use")
     if device == "cuda" and triton.OWN and not dropout and _triton():
+        if "decode" in triton.OWN and triton.decodes(mask, score, queries, width, dtype):
+            return Plan(
+                "split keys", "few queries: own kernels, which split the keys among programs and read what is filled"
+            )
         kind = triton.kind(mask, score, width, dtype)
         if kind in triton.OWN:
             return Plan("triton", _WHY[kind])
@@ -82,6 +89,7 @@ _WHY = {
     "table": "a score that depends on the distance: own kernels, whose table is O(T)",
     "documents": "documents or padding: own kernels, which pass over tiles that hold nothing",
     "window": "a mask that is a band of distances: own kernels, which walk its tiles alone",
+    "dilated": "a mask of every n-th token: own kernels, to which tokens n apart are a row of their own",
     "plain": "own kernels",
 }
 

@@ -18,6 +18,8 @@ from dovetail.kernels.attention import reference, triton
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.reference import Region
 
+Triple = tuple[Tensor, Tensor, Tensor]  # q, k, v of one region
+
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(out, lse) of the union from (out (B,H,T,Dv), lse (B,H,T)) of disjoint parts."""
@@ -40,11 +42,12 @@ class _Merged(torch.autograd.Function):
     ) -> Tensor:
         triples = _triples([tensors[i] for i in places])
         ctx.own = _own(triples, masks)
-        parts = [
-            triton.region(q, k, v, m, scale) if ctx.own else _bands(q, k, v, m, scale, tile)
-            for (q, k, v), m in zip(triples, masks, strict=True)
-        ]
-        out, lse = merge(parts)
+        if ctx.own:
+            parts = _own_parts(triples, masks, _together(places, masks), scale)
+        else:
+            parts = [_bands(q, k, v, m, scale, tile) for (q, k, v), m in zip(triples, masks, strict=True)]
+        out, lse = parts[0] if len(parts) == 1 else merge(parts)
+        out = out.to(tensors[0].dtype) if ctx.own else out  # what the kernels' backward reads
         ctx.save_for_backward(out, lse, *tensors)
         ctx.scale, ctx.tile, ctx.masks, ctx.places = scale, tile, masks, places
         return out.to(tensors[0].dtype)
@@ -53,16 +56,19 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         out, lse, *tensors = ctx.saved_tensors
         dout = grads[0].to(out.dtype)
-        delta = (dout * out).sum(-1)
-        parts: list[Tensor] = []
-        for (q, k, v), mask in zip(_triples([tensors[i] for i in ctx.places]), ctx.masks, strict=True):
-            if ctx.own:
-                parts.extend(triton.region_backward(dout, q, k, v, mask, out, lse, ctx.scale))
-            else:
-                parts.extend(_backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile))
+        triples = _triples([tensors[i] for i in ctx.places])
+        if ctx.own:
+            parts = _own_gradients(triples, ctx.masks, _together(ctx.places, ctx.masks), dout, out, lse, ctx.scale)
+        else:
+            delta = (dout * out).sum(-1)
+            parts = [
+                _backward(q, k, v, mask, dout, delta, lse, ctx.scale, ctx.tile)
+                for (q, k, v), mask in zip(triples, ctx.masks, strict=True)
+            ]
         result: list[Any] = [None] * len(tensors)
-        for i, part in zip(ctx.places, parts, strict=True):
-            result[i] = part if result[i] is None else result[i] + part
+        for i, part in zip(ctx.places, [part for three in parts for part in three], strict=True):
+            if part is not None:
+                result[i] = part if result[i] is None else result[i] + part
         return None, None, None, None, *result
 
 
@@ -93,10 +99,61 @@ def _own(triples: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[Bound
         triton.kind(mask, None, max(q.shape[-1], v.shape[-1]), q.dtype)
         for (q, _, v), mask in zip(triples, masks, strict=True)
     ]
-    return None not in served
+    return None not in served and "dilated" not in served
 
 
-def _triples(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _together(places: Sequence[int], masks: Sequence[BoundMask | None]) -> list[tuple[int, ...]]:
+    """The regions by number, neighbours over the same values and tokens as one, which a kernel walks one after the other."""
+    found: list[tuple[int, ...]] = []
+    for n, mask in enumerate(masks):
+        last = found[-1][-1] if found and len(found[-1]) == 1 else None
+        if last is not None and places[3 * last + 2] == places[3 * n + 2] and triton.pairs(masks[last], mask):
+            found[-1] = (last, n)
+        else:
+            found.append((n,))
+    return found
+
+
+def _own_parts(
+    triples: Sequence[Triple], masks: Sequence[BoundMask | None], groups: Sequence[tuple[int, ...]], scale: float
+) -> list[tuple[Tensor, Tensor]]:
+    """(out, lse) of each of `groups` by own kernels."""
+    parts = []
+    for n, *second in groups:
+        (q, k, v), mask = triples[n], masks[n]
+        if second:
+            (q2, k2, _), other = triples[second[0]], masks[second[0]]
+            assert mask is not None and other is not None
+            parts.append(triton.pair(q, k, q2, k2, v, (mask, other), scale))
+        else:
+            parts.append(triton.region(q, k, v, mask, scale))
+    return parts
+
+
+def _own_gradients(
+    triples: Sequence[Triple],
+    masks: Sequence[BoundMask | None],
+    groups: Sequence[tuple[int, ...]],
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of each region's q, k and v; the values that two share get theirs once, with the first of them."""
+    parts: list[tuple[Tensor | None, ...]] = []
+    for n, *second in groups:
+        (q, k, v), mask = triples[n], masks[n]
+        if second:
+            (q2, k2, _), other = triples[second[0]], masks[second[0]]
+            assert mask is not None and other is not None
+            d_q, d_k, d_q2, d_k2, d_v = triton.pair_backward(dout, q, k, q2, k2, v, (mask, other), out, lse, scale)
+            parts.extend([(d_q, d_k, d_v), (d_q2, d_k2, None)])
+        else:
+            parts.append(triton.region_backward(dout, q, k, v, mask, out, lse, scale))
+    return parts
+
+
+def _triples(tensors: Sequence[Tensor]) -> list[Triple]:
     return [(tensors[i], tensors[i + 1], tensors[i + 2]) for i in range(0, len(tensors), 3)]
 
 

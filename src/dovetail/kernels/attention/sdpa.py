@@ -46,11 +46,12 @@ def attend(
     elif Dv > D:
         q, k = F.pad(q, (0, Dv - D)), F.pad(k, (0, Dv - D))
     grouped = q.shape[1] != k.shape[1]
-    if grouped and q.shape[2] == 1 and bias is None and not causal:
-        # One query sees every key: the query heads of a group become rows, and no key is repeated.
+    alike = not causal and (bias is None or bias.shape[1] == 1)
+    if grouped and q.shape[2] == 1 and alike:
+        # All heads of one query see the same keys: those of a group become rows, and no key is repeated.
         B, H, _, D = q.shape
         folded = q.reshape(B, k.shape[1], H // k.shape[1], D)
-        out = F.scaled_dot_product_attention(folded, k, v, dropout_p=dropout, scale=scale).reshape(B, H, 1, -1)
+        out = F.scaled_dot_product_attention(folded, k, v, bias, dropout, scale=scale).reshape(B, H, 1, -1)
     elif q.is_cuda:
         with sdpa_kernel(_BACKENDS, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)

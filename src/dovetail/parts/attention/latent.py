@@ -123,15 +123,19 @@ class LatentModule(nn.Module):
         if raw:
             q_turned, k_turned = self.position.rotate(q_turned, k_turned, step.coords, ctx)
         rule = self.newest[state.timeline.kept] if step.newest else self.rule
-        run = self._absorbed if x.shape[1] == 1 else self._expanded
-        return run(q, q_turned, latent, k_turned, rule, step.coords, ctx)
+        if x.shape[1] == 1:
+            k = torch.cat([latent[:, :, None], k_turned], -1) if raw else stored
+            return self._absorbed(q, q_turned, k, rule, step.coords, ctx)
+        return self._expanded(q, q_turned, latent, k_turned, rule, step.coords, ctx)
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would run each use of this layer on `device`, and why."""
 
         def chosen(ctx: Context, rule: Mask, queries: int) -> Plan:
             mask, dtype = ctx.bind(rule), self.out.dtype
-            found = plan(device=device, dtype=dtype, queries=queries, mask=mask, score=None, dropout=self.dropout)
+            width = max(sum(self.sizes[1:3]), self.sizes[3]) if queries > 1 else self.rank + self.sizes[2]
+            asked: dict[str, Any] = {"device": device, "dtype": dtype, "queries": queries, "width": width}
+            found = plan(**asked, mask=mask, score=None, dropout=self.dropout)
             how = "maps absorbed, one shared head" if queries == 1 else "latents expanded"
             return Plan(found.path, f"{how}; {found.why}")
 
@@ -146,15 +150,13 @@ class LatentModule(nn.Module):
         q, k = torch.cat([q, q_turned], -1), torch.cat([k, k_turned.expand(-1, -1, H, -1)], -1)
         return self._attend(q, k, v, rule, at, ctx)
 
-    def _absorbed(
-        self, q: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, rule: Mask, at: Coords, ctx: Context
-    ) -> Tensor:
-        """The key map moved into the query and the value map behind the softmax: one shared head, nothing expanded."""
+    def _absorbed(self, q: Tensor, q_turned: Tensor, k: Tensor, rule: Mask, at: Coords, ctx: Context) -> Tensor:
+        """The key map moved into the query and the value map behind the softmax: one shared head k (B,S,1,rank+rope), of
+        which the values are the first part; nothing expanded or copied."""
         H, nope, _, Dv = self.sizes
         up = self.kv_up.matrix().unflatten(0, (H, nope + Dv)) * self.kv_up.multiplier
         q = torch.cat([torch.einsum("bthd,hdr->bthr", q, up[:, :nope]), q_turned], -1)
-        k, v = torch.cat([latent[:, :, None], k_turned], -1), latent[:, :, None]
-        mixed = self._softmax(q, k, v, rule, at, ctx)
+        mixed = self._softmax(q, k, k[..., : self.rank], rule, at, ctx)
         return self.out(torch.einsum("bhtr,hdr->bthd", mixed, up[:, nope:]).flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Mask, at: Coords, ctx: Context) -> Tensor:

@@ -59,7 +59,8 @@ def plans_of(
     plain = Context.of(1, length, meta)
     packed = Context.of(1, length, meta, segments=torch.zeros(1, length, dtype=torch.long, device=meta))
     uses = {"training, prefill": chosen(plain, rule, length), "padded or packed": chosen(packed, rule, length)}
-    return uses if newest is None else uses | {"decoding": chosen(plain, newest, 1)}
+    with torch.no_grad():
+        return uses if newest is None else uses | {"decoding": chosen(plain, newest, 1)}
 
 
 def _added(p: Tensor, start: int, stop: int) -> Tensor:

@@ -8,12 +8,14 @@ a query sees nothing and beyond the last query, so that p is zero there.
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+# ruff: noqa: SIM102  of nested conditions the compiler drops those that are not asked for
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from dovetail.kernels.attention.triton.tiles import added, entries, looked_up, met, near, places, seen
+from dovetail.kernels.attention.triton.tiles import added, entries, looked_up, masked, met, near, places
 
 
 @triton.jit(do_not_specialize=["heads", "T"])
@@ -38,11 +40,11 @@ def deltas(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _over_keys(  # type: ignore[no-untyped-def]
-    acc, left, right, query, given, level, delta, i, of_i, k, v, k_at, table, beyond, batch, group, first, start, stop, S,
-    scale, before, after, sinks, reach,
-    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr,
-    FAR: tl.constexpr, SIDE: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr,
-    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    acc, left, right, query, given, level, delta, i, of_i, k, v, k_at, table, beyond, batch, group, first, shift,
+    start, whole, end, stop, S, scale, before, after, sinks, reach,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    SIDE: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k of the tiles of keys from start to stop; and where the table ends (FAR) to left and right the ds that are
     `reach` or more away. SIDE: 1 where all are on the left, 2 on the right, 0 where it is to be asked."""
@@ -50,112 +52,141 @@ def _over_keys(  # type: ignore[no-untyped-def]
         other = tile * COLUMNS
         key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
         value = v.load([batch, group, other, 0]).reshape([COLUMNS, E])
-        if MASKED:
-            j, of_j = places(k_at, other + tl.arange(0, COLUMNS), S, PLACED)
-        elif FAR and SIDE == 0:
-            i, j = first + tl.arange(0, ROWS), other + tl.arange(0, COLUMNS)
-        if NEAR and MASKED and PLACED:
-            more = entries(table, i[:, None], j[None, :], reach, ASSEMBLY)
-        elif NEAR:
-            more = added(table, other - first, reach, ROWS, COLUMNS, False, ASSEMBLY)
+        if NEAR:
+            more = added(table, other - first + shift, reach, ROWS, COLUMNS, False, ASSEMBLY)
+        if FAR and SIDE == 0:
+            away = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None] + (other - first + shift)
+        if NEAR and PLACED:
+            if (tile < whole) | (tile >= end):
+                j, _ = places(k_at, other + tl.arange(0, COLUMNS), S, True)
+                more = entries(table, i[:, None], j[None, :], reach, ASSEMBLY)
+                if FAR:
+                    away = j[None, :] - i[:, None]
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         dp = tl.dot(given, tl.trans(value), input_precision=PRECISION)
         if NEAR:
-            p = tl.exp2(s * scale + more - level[:, None])
+            s = s * scale + more
+        s = masked(
+            s, tile, whole, end, i, of_i, k_at, first, other, S, before, after, sinks,
+            ROWS, COLUMNS, BACK, AHEAD, SINKS, PLACED, EVEN, False,
+        )  # fmt: skip
+        if NEAR:
+            p = tl.exp2(s - level[:, None])
         else:
             p = tl.exp2(s * scale - (level - beyond)[:, None])
-        if MASKED:
-            shown = seen(
-                i[:, None], j[None, :], of_i[:, None], of_j[None, :], before, after, sinks, BACK, AHEAD, SINKS, PLACED
-            )
-            p = tl.where(shown, p, 0.0)
         ds = p * (dp - delta[:, None])
         if SIDE == 1:
             left += tl.sum(ds, 1)
         elif SIDE == 2:
             right += tl.sum(ds, 1)
         elif FAR:
-            left += tl.sum(tl.where(j[None, :] - i[:, None] <= -reach, ds, 0.0), 1)
-            right += tl.sum(tl.where(j[None, :] - i[:, None] >= reach, ds, 0.0), 1)
+            left += tl.sum(tl.where(away <= -reach, ds, 0.0), 1)
+            right += tl.sum(tl.where(away >= reach, ds, 0.0), 1)
         acc = tl.dot(ds.to(key.dtype), key, acc=acc, input_precision=PRECISION)
     return acc, left, right
 
 
-@triton.jit(do_not_specialize=["q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach"])
-def queries(  # type: ignore[no-untyped-def]
-    q, k, v, d_out, d_q, level, delta, table, d_far, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
+@triton.jit
+def _query(  # type: ignore[no-untyped-def]
+    q, k, v, d_q, given, levels, change, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
     scale, natural, before, after, sinks, reach,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
     EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries of one head; and into d_far (2,B·H,tiles) its part of both ends of the table's gradient."""
-    blocks = tl.cdiv(T, ROWS)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    row = tl.program_id(0) // blocks
-    batch, head = row // heads, row % heads
-    group, first = head // FAN, block * ROWS
-    low, high = 0.0, 0.0
-    if TABLE:
-        table += head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
-        if FAR:
-            low, high = tl.load(table - reach), tl.load(table + reach)
+    """dq of one tile of queries, written; and its part of both ends of the table's gradient, a row each."""
+    group, first, shift = head // FAN, block * ROWS, 0
     query = q.load([batch, head, first, 0]).reshape([ROWS, D])
-    given = d_out.load([batch, head, first, 0]).reshape([ROWS, E])
-    at = row.to(tl.int64) * LENGTH + first + tl.arange(0, ROWS)
-    levels, change = tl.load(level + at), tl.load(delta + at)
     acc = tl.zeros([ROWS, D], tl.float32)
     left = tl.zeros([ROWS], tl.float32)
     right = tl.zeros([ROWS], tl.float32)
-
     i, of_i = places(q_at + batch * q_step if PLACED else q_at, first + tl.arange(0, ROWS), T, PLACED)
     if PLACED:
         k_at += batch * k_step
         start, whole, end, stop, shift = looked_up(cuts, batch, block, cut_step)
-        first -= shift
     else:
         start, whole, end, stop = met(first, S, before, after, ROWS, COLUMNS, BACK, AHEAD)
-    begin, close = whole, end
+    lead, begin, close, tail, low, high = start, start, stop, stop, 0.0, 0.0
+    if TABLE:
+        table += head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
     if FAR:
-        begin, close = near(first, reach, whole, end, ROWS, COLUMNS)
+        low, high = tl.load(table - reach), tl.load(table + reach)
+        if PLACED:  # what is not seen whole is at any distance
+            lead, tail = whole, end
+        begin, close = near(first - shift, reach, lead, tail, ROWS, COLUMNS)
     if SINKS and not PLACED:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, 0,
-            tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+            0, whole, end, tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
         )  # fmt: skip
-    if BACK or PLACED:
+    if FAR and PLACED:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first,
-            start, whole, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+            start, whole, end, lead, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, True, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
         )  # fmt: skip
     if FAR:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, low, batch, group, first,
-            whole, begin, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, False, FAR, 1, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, low, batch, group, first, shift,
+            lead, whole, end, begin, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, False, FAR, 1, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
         )  # fmt: skip
     acc, left, right = _over_keys(
-        acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, begin, close,
-        S, scale, before, after, sinks, reach,
-        D, E, ROWS, COLUMNS, False, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+        acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+        begin, whole, end, close, S, scale, before, after, sinks, reach,
+        D, E, ROWS, COLUMNS, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
     )  # fmt: skip
     if FAR:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, high, batch, group, first,
-            close, end, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, False, FAR, 2, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, high, batch, group, first, shift,
+            close, whole, end, tail, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, False, FAR, 2, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
         )  # fmt: skip
-    if AHEAD or PLACED or not EVEN:
+    if FAR and PLACED:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first,
-            end, stop, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+            tail, whole, end, stop, S, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, True, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
         )  # fmt: skip
-
-    first = block * ROWS
     d_q.store([batch, head, first, 0], (acc * natural).to(q.dtype).reshape([1, 1, ROWS, D]))
+    return left, right
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "before2", "after2", "sinks2",
+    ]
+)  # fmt: skip
+def queries(  # type: ignore[no-untyped-def]
+    q, k, v, d_out, d_q, level, delta, table, d_far, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
+    scale, natural, before, after, sinks, reach, d_q2, q2, k2, cuts2, before2, after2, sinks2,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
+    BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PAIR: tl.constexpr, BACK2: tl.constexpr, AHEAD2: tl.constexpr, SINKS2: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries of one head; and into d_far (2,B·H,tiles) its part of both ends of the table's gradient.
+    PAIR: of the second form of queries too."""
+    blocks = tl.cdiv(T, ROWS)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    row = tl.program_id(0) // blocks
+    batch, head = row // heads, row % heads
+    first = block * ROWS
+    given = d_out.load([batch, head, first, 0]).reshape([ROWS, E])
+    at = row.to(tl.int64) * LENGTH + first + tl.arange(0, ROWS)
+    levels, change = tl.load(level + at), tl.load(delta + at)
+    left, right = _query(
+        q, k, v, d_q, given, levels, change, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
+        scale, natural, before, after, sinks, reach,
+        D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY,
+    )  # fmt: skip
+    if PAIR:
+        _query(
+            q2, k2, v, d_q2, given, levels, change, table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block,
+            T, S, scale, natural, before2, after2, sinks2, reach,
+            D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
     if FAR:
         tl.store(d_far + row * blocks + block, tl.sum(left, 0))
         tl.store(d_far + tl.num_programs(0) + row * blocks + block, tl.sum(right, 0))
@@ -163,11 +194,10 @@ def queries(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _over_queries(  # type: ignore[no-untyped-def]
-    d_key, d_value, key, value, j, of_j, q, d_out, q_at, level, delta, table, beyond, batch, head, first, start, stop, T,
-    scale, before, after, sinks, reach,
-    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, NEAR: tl.constexpr,
-    BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    d_key, d_value, key, value, j, of_j, q, d_out, q_at, level, delta, table, beyond, batch, head, first, shift,
+    start, whole, end, stop, T, scale, before, after, sinks, reach,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR: tl.constexpr, BACK: tl.constexpr,
+    AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Adds pᵀ do and dsᵀ q of the tiles of queries from start to stop; all is turned, (keys, queries)."""
     for tile in tl.range(start, stop):
@@ -176,62 +206,56 @@ def _over_queries(  # type: ignore[no-untyped-def]
         given = d_out.load([batch, head, other, 0]).reshape([COLUMNS, E])
         n = other + tl.arange(0, COLUMNS)
         levels, change = tl.load(level + n), tl.load(delta + n)
-        if MASKED:
-            i, of_i = places(q_at, n, T, PLACED)
-        if NEAR and MASKED and PLACED:
-            more = entries(table, i[None, :], j[:, None], reach, ASSEMBLY)
-        elif NEAR:
-            more = added(table, first - other, reach, ROWS, COLUMNS, True, ASSEMBLY)
+        if NEAR:
+            more = added(table, first - other + shift, reach, ROWS, COLUMNS, True, ASSEMBLY)
+            if PLACED:
+                if (tile < whole) | (tile >= end):
+                    i, _ = places(q_at, n, T, True)
+                    more = entries(table, i[None, :], j[:, None], reach, ASSEMBLY)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(given), input_precision=PRECISION)
         if NEAR:
-            p = tl.exp2(s * scale + more - levels[None, :])
+            s = s * scale + more
+        s = masked(
+            s, tile, whole, end, j, of_j, q_at, first, other, T, before, after, sinks,
+            ROWS, COLUMNS, BACK, AHEAD, SINKS, PLACED, True, True,
+        )  # fmt: skip
+        if NEAR:
+            p = tl.exp2(s - levels[None, :])
         else:
             p = tl.exp2(s * scale - (levels - beyond)[None, :])
-        if MASKED:
-            shown = seen(
-                i[None, :], j[:, None], of_i[None, :], of_j[:, None], before, after, sinks, BACK, AHEAD, SINKS, PLACED
-            )
-            p = tl.where(shown, p, 0.0)
         d_value = tl.dot(p.to(given.dtype), given, acc=d_value, input_precision=PRECISION)
         ds = p * (dp - change[None, :])
         d_key = tl.dot(ds.to(query.dtype), query, acc=d_key, input_precision=PRECISION)
     return d_key, d_value
 
 
-@triton.jit(do_not_specialize=["q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach"])
-def keys(  # type: ignore[no-untyped-def]
-    q, k, v, d_out, d_k, d_v, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
-    scale, natural, before, after, sinks, reach,
+@triton.jit
+def _key(  # type: ignore[no-untyped-def]
+    d_value, q, k, value, d_out, d_k, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, batch, group,
+    block, T, S, LENGTH, scale, natural, before, after, sinks, reach,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
     PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys, from the FAN heads of queries that read it."""
-    blocks = tl.cdiv(S, ROWS)
-    block, row = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    groups, first = heads // FAN, block * ROWS
-    batch, group = row // groups, row % groups
+    """dk of one tile of keys, written, and what it adds to dv."""
+    first, shift = block * ROWS, 0
     key = k.load([batch, group, first, 0]).reshape([ROWS, D])
-    value = v.load([batch, group, first, 0]).reshape([ROWS, E])
     d_key = tl.zeros([ROWS, D], tl.float32)
-    d_value = tl.zeros([ROWS, E], tl.float32)
-
     j, of_j = places(k_at + batch * k_step if PLACED else k_at, first + tl.arange(0, ROWS), S, PLACED)
     if PLACED:
         q_at += batch * q_step
         start, whole, end, stop, shift = looked_up(cuts, batch, block, cut_step)
-        first += shift
     else:
         start, whole, end, stop = met(first, T, after, before, ROWS, COLUMNS, AHEAD, BACK)
-        if SINKS:  # noqa: SIM102  the compiler drops what is not asked for
+        if SINKS:
             if first < sinks:
                 stop = tl.cdiv(T, COLUMNS)
-        if not BACK:
-            end = stop  # beyond the last query p is zero
-    begin, close = whole, end
+    lead, begin, close, tail = start, start, stop, stop
     if FAR:
-        begin, close = near(first, reach, whole, end, ROWS, COLUMNS)
+        if PLACED:
+            lead, tail = whole, end
+        begin, close = near(first + shift, reach, lead, tail, ROWS, COLUMNS)
     for member in range(FAN):
         head = group * FAN + member
         at = (batch * heads + head).to(tl.int64) * LENGTH
@@ -240,35 +264,69 @@ def keys(  # type: ignore[no-untyped-def]
             centre = table + head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
             if FAR:
                 low, high = tl.load(centre - reach), tl.load(centre + reach)
-        if AHEAD or PLACED:
+        if FAR and PLACED:
             d_key, d_value = _over_queries(
-                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head, first,
-                start, whole, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, True, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head,
+                first, shift, start, whole, end, lead, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
             )  # fmt: skip
         if FAR:
             d_key, d_value = _over_queries(
-                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, high, batch, head, first,
-                whole, begin, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, False, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, high, batch, head,
+                first, shift, lead, whole, end, begin, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
             )  # fmt: skip
         d_key, d_value = _over_queries(
-            d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head, first,
-            begin, close, T, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head,
+            first, shift, begin, whole, end, close, T, scale, before, after, sinks, reach,
+            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
         )  # fmt: skip
         if FAR:
             d_key, d_value = _over_queries(
-                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, low, batch, head, first,
-                close, end, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, False, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, low, batch, head,
+                first, shift, close, whole, end, tail, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
             )  # fmt: skip
-        if BACK or PLACED:
+        if FAR and PLACED:
             d_key, d_value = _over_queries(
-                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head, first,
-                end, stop, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, True, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head,
+                first, shift, tail, whole, end, stop, T, scale, before, after, sinks, reach,
+                D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
             )  # fmt: skip
-    first = block * ROWS
     d_k.store([batch, group, first, 0], (d_key * natural).to(k.dtype).reshape([1, 1, ROWS, D]))
-    d_v.store([batch, group, first, 0], d_value.to(v.dtype).reshape([1, 1, ROWS, E]))
+    return d_value
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "before2", "after2", "sinks2",
+    ]
+)  # fmt: skip
+def keys(  # type: ignore[no-untyped-def]
+    q, k, v, d_out, d_k, d_v, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
+    scale, natural, before, after, sinks, reach, d_k2, q2, k2, cuts2, before2, after2, sinks2,
+    D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
+    BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
+    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PAIR: tl.constexpr, BACK2: tl.constexpr, AHEAD2: tl.constexpr, SINKS2: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys, from the FAN heads of queries that read it. PAIR: dk of the second form of keys too,
+    and dv of both."""
+    blocks = tl.cdiv(S, ROWS)
+    block, row = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    groups = heads // FAN
+    batch, group = row // groups, row % groups
+    value = v.load([batch, group, block * ROWS, 0]).reshape([ROWS, E])
+    d_value = tl.zeros([ROWS, E], tl.float32)
+    d_value = _key(
+        d_value, q, k, value, d_out, d_k, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, batch,
+        group, block, T, S, LENGTH, scale, natural, before, after, sinks, reach,
+        D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, PLACED, PRECISION, ASSEMBLY,
+    )  # fmt: skip
+    if PAIR:
+        d_value = _key(
+            d_value, q2, k2, value, d_out, d_k2, level, delta, table, q_at, k_at, cuts2, q_step, k_step, cut_step, heads,
+            batch, group, block, T, S, LENGTH, scale, natural, before2, after2, sinks2, reach,
+            D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, PLACED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+    d_v.store([batch, group, block * ROWS, 0], d_value.to(v.dtype).reshape([1, 1, ROWS, E]))

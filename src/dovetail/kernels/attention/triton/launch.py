@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,18 +31,28 @@ LOG2E = 1.4426950408889634
 Places = tuple[Tensor, Tensor] | None  # order and segment of queries (R,2,T) and keys (R,2,S), int32; R is B or 1
 
 
+class Second(NamedTuple):
+    """Queries (B,H,T,D) and keys (B,G,S,D) of the same tokens in another form, in which they see each other within `span`,
+    of whose pairs none is in the first form's."""
+
+    q: Tensor
+    k: Tensor
+    span: Span
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span, scale: float,
+    second: Second | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B,H,T,E) in q's type and lse (B,H,T) in fp32. table (H,2·reach+1). places: None where a row is one segment."""
     (B, H, T, _), E = q.shape, v.shape[3]
     out, lse = like(q, H, E), q.new_empty(B, H, T, dtype=torch.float32)
-    asked = _Asked(q, k, v, table, places, span)
+    asked = _Asked(q, k, v, table, places, span, second)
     cut = asked.tiles("attend")
     with torch.cuda.device_of(q):
         ahead.attend[(triton.cdiv(T, cut.rows) * B * H,)](
             asked.rows(q, cut), asked.columns(k, cut), asked.columns(v, cut), asked.written(out, cut), lse, asked.table,
-            *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds,
+            *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.second(cut),
             EVEN=k.shape[2] % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
     return out, lse
@@ -50,13 +60,15 @@ def forward(
 
 def backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places,
-    out: Tensor, lse: Tensor, span: Span, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the table (in fp32; empty without one). out, lse: the forward's, or those of a softmax
-    over more keys than k, of which this is the part (`regions.merge`)."""
+    out: Tensor, lse: Tensor, span: Span, scale: float, second: Second | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v and the table (in fp32; empty without one), and of the second q and k if there are any. out,
+    lse: the forward's, or those of a softmax over more keys than k, of which this is the part (`regions.merge`)."""
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
-    asked = _Asked(q, k, v, table, places, span)
+    asked = _Asked(q, k, v, table, places, span, second)
     d_q, d_k, d_v = like(q, H, D), like(k, G, D), like(v, G, E)
+    d_second = () if second is None else (like(q, H, D), like(k, G, D))
+    d_q2, d_k2 = d_second or (None, None)
     length = triton.cdiv(T, LENGTHS) * LENGTHS
     level, delta = (q.new_empty(B, H, length, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(q):
@@ -70,7 +82,8 @@ def backward(
         back.keys[(triton.cdiv(S, cut.rows) * B * G,)](
             asked.columns(q, cut), asked.rows(k, cut), asked.rows(v, cut), asked.columns(d_out, cut),
             asked.written(d_k, cut), asked.written(d_v, cut), level, delta, asked.table, *asked.placed(cut, turned=True),
-            H, T, S, length, scale * LOG2E, scale, *asked.bounds, **asked.common(cut),
+            H, T, S, length, scale * LOG2E, scale, *asked.bounds, asked.written(d_k2, cut),
+            *asked.second(cut, turned=True), **asked.common(cut),
         )  # fmt: skip
         cut = asked.tiles("queries")
         blocks = triton.cdiv(T, cut.rows)
@@ -79,10 +92,11 @@ def backward(
             asked.rows(q, cut), asked.columns(k, cut), asked.columns(v, cut), asked.rows(d_out, cut),
             asked.written(d_q, cut), level, delta, asked.table, ends, *asked.placed(cut),
             H, T, S, length, scale * LOG2E, scale, *asked.bounds,
+            asked.written(d_q2, cut), *asked.second(cut),
             EVEN=S % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
         if table is None:
-            return d_q, d_k, d_v, q.new_empty(0, dtype=torch.float32)
+            return d_q, d_k, d_v, q.new_empty(0, dtype=torch.float32), *d_second
         d_table = _diagonals(asked, q, k, v, d_out, level, delta, scale)
     if asked.far:
         left, right = ends.view(2, B, H, -1).sum((1, 3))
@@ -114,7 +128,7 @@ def _diagonals(
     sums = q.new_empty(parts, B * H, count, 2, tile, dtype=torch.float32)
     tensors = (*(asked.rows(x, cut) for x in (q, k, v, d_out)), level, delta, asked.table, sums)
     walk = (level.shape[2], scale * LOG2E, *asked.bounds, lowest, count, blocks, triton.cdiv(blocks, parts))
-    common = {n: x for n, x in asked.common(cut).items() if n not in ("ROWS", "COLUMNS", "TABLE", "PLACED")}
+    common = {n: x for n, x in asked.common(cut).items() if n not in _WALKED}
     if asked.places is None:
         sides.diagonals[(count * B * H, parts)](*tensors, H, S, *walk, TILE=tile, EVEN=S % tile == 0, **common)
     else:
@@ -130,10 +144,17 @@ def _diagonals(
     return d_table
 
 
+_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2")  # nothing to walks of diagonals
+
+
 class _Asked:
     """What the kernels of one call have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span):
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span,
+        second: Second | None = None,
+    ):  # fmt: skip
+        self.other = second
         self.places, self.span, self.fan, self.dtype = places, span, q.shape[1] // k.shape[1], q.dtype
         self.D, self.E = _padded(q.shape[3]), _padded(v.shape[3])
         self.reach = 0 if table is None else table.shape[1] // 2
@@ -148,7 +169,11 @@ class _Asked:
 
     def tiles(self, kernel: str) -> sizes.Tiles:
         """Those of `sizes`, for this call."""
-        named = f"{kernel} table" if self.table is not None and kernel != "diagonals" else kernel
+        named = kernel
+        if self.table is not None and kernel != "diagonals":
+            named = f"{kernel} table"
+        elif kernel == "attend" and self.span.before is not None and self.other is None:
+            named = f"{kernel} band"
         cut = sizes.tiles(named, max(self.D, self.E), self.dtype, self.roomy)
         assert cut.rows + cut.columns <= PAD and LENGTHS % cut.rows == LENGTHS % cut.columns == 0
         return cut
@@ -159,7 +184,9 @@ class _Asked:
     def columns(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
         return self._described(x, cut.columns)
 
-    def written(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
+    def written(self, x: Tensor | None, cut: sizes.Tiles) -> TensorDescriptor | None:
+        if x is None:
+            return None
         assert _dense(x) is x, "a copy would be written"
         return self._described(x, cut.rows)
 
@@ -183,21 +210,37 @@ class _Asked:
         if self.places is None:
             return None, None, None, 0, 0, 0
         q, k, q_step, k_step = self.stepped()
+        found = self._cuts(cut, self.span, turned)
+        return q, k, found, q_step, k_step, found.shape[1] if found.shape[0] > 1 else 0
+
+    def second(self, cut: sizes.Tiles, turned: bool = False) -> tuple[Any, ...]:
+        """What kernels take of the second form. turned: they hold its keys, and walk its queries."""
+        if self.other is None:
+            return None, None, None, 0, 0, 0
+        q, k, span = self.other
+        described = (self.columns(q, cut), self.rows(k, cut)) if turned else (self.rows(q, cut), self.columns(k, cut))
+        found = None if self.places is None else self._cuts(cut, span, turned)
+        return *described, found, span.before or 0, span.after or 0, span.sinks
+
+    def _cuts(self, cut: sizes.Tiles, span: Span, turned: bool) -> Tensor:
+        q, k, q_step, k_step = self.stepped()
         own, other = ((k, k_step), (q, q_step)) if turned else ((q, q_step), (k, k_step))
         rows, blocks = q.shape[0], triton.cdiv(own[0].shape[2], cut.rows)
         found = q.new_empty(rows, blocks, 5)
         tiles.cuts[(blocks, rows)](
-            own[0], other[0], found, own[0].shape[2], other[0].shape[2], own[1], other[1], *self.bounds[:3],
-            ROWS=cut.rows, COLUMNS=cut.columns, TURNED=turned,
-            **{name: self.common(cut)[name] for name in ("BACK", "AHEAD", "SINKS")},
+            own[0], other[0], found, own[0].shape[2], other[0].shape[2], own[1], other[1],
+            span.before or 0, span.after or 0, span.sinks, ROWS=cut.rows, COLUMNS=cut.columns, TURNED=turned,
+            BACK=span.before is not None, AHEAD=span.after is not None, SINKS=span.sinks > 0,
         )  # fmt: skip
-        return q, k, found, q_step, k_step, blocks if rows > 1 else 0
+        return found
 
     def common(self, cut: sizes.Tiles) -> dict[str, Any]:
+        other = Span() if self.other is None else self.other.span
         return {
             "D": self.D, "E": self.E, "ROWS": cut.rows, "COLUMNS": cut.columns, "FAN": self.fan, "PAD": PAD,
             "BACK": self.span.before is not None, "AHEAD": self.span.after is not None, "SINKS": self.span.sinks > 0,
             "TABLE": self.table is not None, "FAR": self.far, "PLACED": self.places is not None, "PRECISION": PRECISION, "ASSEMBLY": _assembly(),
+            "PAIR": self.other is not None, "BACK2": other.before is not None, "AHEAD2": other.after is not None, "SINKS2": other.sinks > 0,
             "num_warps": cut.warps, "num_stages": cut.stages,
         }  # fmt: skip
 

@@ -29,7 +29,7 @@ def attend(
     """
     assert scale > 0, "the largest score is that of the largest product"
     E = v.shape[3]
-    q, k, v = _even(q), _even(k), _even(v)
+    q, k, v = even(q), even(k), even(v)
     out, lse = _forward(q, k, v, table, *(places or (None, None)), *span[:3], scale)
     return out[..., :E], lse
 
@@ -46,13 +46,13 @@ def backward(
     places: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v where they are a part of a softmax over more keys, whose out and lse these are."""
-    given = [_even(t) for t in (q, k, v)]
-    known = (None, *(places or (None, None)), _even(out), lse, *span[:3], scale)
-    d_q, d_k, d_v, _ = _backward(_even(d_out.to(q.dtype)), None, *given, *known)
+    given = [even(t) for t in (q, k, v)]
+    known = (None, *(places or (None, None)), even(out), lse, *span[:3], scale)
+    d_q, d_k, d_v, _ = _backward(even(d_out.to(q.dtype)), None, *given, *known)
     return d_q[..., : q.shape[3]], d_k[..., : k.shape[3]], d_v[..., : v.shape[3]]
 
 
-def _even(x: Tensor) -> Tensor:
+def even(x: Tensor) -> Tensor:
     """x with vectors of whole 16 bytes, which is what the copy engine moves."""
     unit = 16 // x.element_size()
     return x if x.shape[3] % unit == 0 else torch.nn.functional.pad(x, (0, -x.shape[3] % unit))
@@ -89,7 +89,9 @@ def _backward(
     from dovetail.kernels.attention.triton import launch
 
     places = _places(q_places, k_places)
-    return launch.backward(d_out, d_lse, q, k, v, table, places, out, lse, Span(before, after, sinks), scale)
+    found = launch.backward(d_out, d_lse, q, k, v, table, places, out, lse, Span(before, after, sinks), scale)
+    d_q, d_k, d_v, d_table = found
+    return d_q, d_k, d_v, d_table
 
 
 @_forward.register_fake

@@ -21,6 +21,7 @@ class Tiles(NamedTuple):
 # kernel: {width: tiles}, in bf16 and fp16, on a processor with the shared memory of an H100
 NARROW: dict[str, dict[int, Tiles]] = {
     "attend": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2)},
+    "attend band": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2)},
     "attend table": {64: Tiles(128, 128, 8, 2), 128: Tiles(128, 64, 8, 3)},
     "queries": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2)},
     "queries table": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 2)},

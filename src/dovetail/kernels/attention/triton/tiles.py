@@ -7,6 +7,8 @@ AHEAD say which of the two bounds there are. SINKS: keys below `sinks`, which th
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
+# ruff: noqa: SIM102  of nested conditions the compiler drops those that are not asked for
+
 from __future__ import annotations
 
 import triton
@@ -16,7 +18,8 @@ import triton.language as tl
 @triton.jit
 def met(first, length, before, after, TILE: tl.constexpr, STEP: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tiles of STEP among `length` keys that TILE queries from `first` on meet: from start to stop some of them sees
-    some of each, and between `whole` and `end` all see all. (Of queries that keys meet, with both bounds exchanged.)"""
+    some of each. Tiles before `whole` are cut by the bound behind, those from `end` on by the bound ahead or by the last
+    key; a narrow band has tiles that are both. (Of queries that keys meet, with both bounds exchanged.)"""
     last = first + TILE - 1
     start, whole = first * 0, first * 0
     stop, end = tl.cdiv(length, STEP), length // STEP
@@ -26,9 +29,7 @@ def met(first, length, before, after, TILE: tl.constexpr, STEP: tl.constexpr, BA
     if AHEAD:
         stop = tl.minimum(stop, tl.cdiv(tl.maximum(last + after + 1, 0), STEP))
         end = tl.minimum(end, tl.maximum(first + after + 1, 0) // STEP)
-    start = tl.minimum(start, stop)
-    whole = tl.minimum(tl.maximum(whole, start), stop)
-    return start, whole, tl.minimum(tl.maximum(end, whole), stop), stop
+    return tl.minimum(start, stop), whole, end, stop
 
 
 @triton.jit
@@ -67,6 +68,58 @@ def seen(  # type: ignore[no-untyped-def]
         close = i - j <= before
         shown = shown & ((close | (j < sinks)) if SINKS else close)
     return shown
+
+
+@triton.jit
+def masked(  # type: ignore[no-untyped-def]
+    s, tile, whole, end, i, of_i, at, first, other, N, before, after, sinks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr,
+    PLACED: tl.constexpr, EVEN: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Scores s of ROWS queries from `first` on and COLUMNS of N keys from `other` on, -inf where a key is not seen.
+
+    Asked of tiles before `whole` and from `end` on alone, and of each of these no more than the bound that cuts it: a
+    comparison of a column's number with one number a row. i, of_i: order and segment of the rows, `at` of the columns.
+    TURNED: (keys, queries), whose bounds are exchanged; queries beyond the last one have no share in anything anyway.
+    """
+    if PLACED:
+        if (tile < whole) | (tile >= end):
+            j, of_j = places(at, other + tl.arange(0, COLUMNS), N, True)
+            if TURNED:
+                shown = seen(
+                    j[None, :], i[:, None], of_j[None, :], of_i[:, None], before, after, sinks, BACK, AHEAD, SINKS, True
+                )
+            else:
+                shown = seen(
+                    i[:, None], j[None, :], of_i[:, None], of_j[None, :], before, after, sinks, BACK, AHEAD, SINKS, True
+                )
+            s = tl.where(shown, s, -float("inf"))
+    else:
+        x, y = tl.arange(0, ROWS) + (first - other), tl.arange(0, COLUMNS)
+        if TURNED:
+            if AHEAD:
+                if tile < whole:
+                    s = tl.where(y[None, :] >= (x - after)[:, None], s, -float("inf"))
+            if BACK:
+                if tile >= end:
+                    last = x + before
+                    if SINKS:
+                        last = tl.where(x + other < sinks, COLUMNS, last)
+                    s = tl.where(y[None, :] <= last[:, None], s, -float("inf"))
+        else:
+            if BACK:
+                if tile < whole:
+                    shown = y[None, :] >= (x - before)[:, None]
+                    if SINKS:
+                        shown = shown | (y[None, :] < sinks - other)
+                    s = tl.where(shown, s, -float("inf"))
+            if AHEAD or not EVEN:
+                if tile >= end:
+                    last = x * 0 + (N - 1 - other)
+                    if AHEAD:
+                        last = tl.minimum(last, x + after)
+                    s = tl.where(y[None, :] <= last[:, None], s, -float("inf"))
+    return s
 
 
 @triton.jit
