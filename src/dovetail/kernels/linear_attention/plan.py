@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.linear_attention.spans import WIDEST
 
@@ -23,6 +24,8 @@ def plan(
 ) -> Plan:
     """tokens: at once. segments: whether rows are padded or packed. state: whether decoding. widest: features or values
     of a head, whichever are more. dtype: the widest of the inputs'."""
+    if twins.asked() and not state:
+        return Plan("reference", twins.WHY)
     if state and tokens == 1:
         return Plan("recurrent", "one token: its outer product onto the state, one product with it")
     if causal and device == "cuda" and widest <= WIDEST and dtype != torch.float64 and _triton():
