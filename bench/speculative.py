@@ -3,7 +3,7 @@ was not trained on, one prompt at a time, by look-up, by n-grams of its training
 recipes/pydoc_draft.yaml has made one. A forward over k tokens costs more than over one here ("forward" rows: how much), so
 that fewer forwards are not as much less time.
 
-Both sides are ours, in one process, interleaved, by the time that the processor spends on it, prompts read included.
+Both sides are ours, in one process, interleaved, prompts read included.
 Greedy text must be the same token for token, and with a draft that is not drawn the text for a seed too.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
-from time import process_time
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def forwards() -> dict[int, float]:
             model()(torch.tensor([prompts()[1][:count]]), state=state)
             state.truncate(PROMPT)
 
-        times = interleaved({str(k): (lambda k=k: read(k)) for k in (1, *VERIFIED)}, rounds=50, clock=process_time)
+        times = interleaved({str(k): (lambda k=k: read(k)) for k in (1, *VERIFIED)}, rounds=50)
     return {int(k): seconds for k, (seconds, _) in times.items()}
 
 
@@ -124,9 +123,7 @@ def measure() -> Iterator[dict[str, Any]]:
             told[name] = texts(draft, temperature)[1]
 
         cases = {"plain": None} | drafts()
-        times = interleaved(
-            {name: partial(run, name, draft) for name, draft in cases.items()}, rounds=ROUNDS, clock=process_time
-        )
+        times = interleaved({name: partial(run, name, draft) for name, draft in cases.items()}, rounds=ROUNDS)
         plain, _ = times.pop("plain")
         for name, (seconds, spread) in times.items():
             found = told[name]

@@ -79,15 +79,9 @@ def device_name(device: str | None = None) -> str:
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], Any]],
-    rounds: int = 5,
-    warmup: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    cases: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of each case, (median, spread): cases take turns, so that a slow minute hits all of them alike.
-
-    clock: `time.process_time` for one thread on a machine where others wait for its turn too.
-    """
+    """Seconds of each case, (median, spread): cases take turns, so that a slow minute hits all of them alike."""
     for _ in range(warmup):
         for run in cases.values():
             run()
@@ -95,10 +89,10 @@ def interleaved(
     for _ in range(rounds):
         for name, run in cases.items():
             _sync()
-            start = clock()
+            start = time.perf_counter()
             run()
             _sync()
-            times[name].append(clock() - start)
+            times[name].append(time.perf_counter() - start)
     return {name: (statistics.median(t), max(t) - min(t)) for name, t in times.items()}
 
 
