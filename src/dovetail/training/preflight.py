@@ -104,6 +104,8 @@ class Preflight:
             chosen = "chosen" if t.checkpointing == "auto" else "as asked"
             sizes = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in self.way.sizes.items())
             parts.append(f"the step, counted, {chosen}: {self.way} ({sizes})")
+        elif self.fits:
+            parts.append("the step itself cannot be counted for this model: the table goes by its parameters")
         if self.dry_run is not None:
             seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
             parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")

@@ -54,8 +54,8 @@ class Train(Section):
     the weights, which is then what is evaluated and exported (0: none). autocast: "auto" takes bf16 where the device
     computes it faster. save_every, eval_every, log_every: in steps (0: only at the end). keep: checkpoints that stay.
     eval_batches: at most so many held-out batches (0: all). checkpointing: blocks made again in the backward, all of
-    them, one in so many, or as few as fit into the device's memory ("auto"; see `preflight`). plain: every fast path off, the kernels' plain twins in
-    fp32 (`kernels.twins`): slow, and what a fast run is to agree with.
+    them, one in so many, or as few as fit into the device's memory ("auto"; see `preflight`). plain: every fast path
+    off, the kernels' plain twins in fp32 (`kernels.twins`): slow, and what a fast run is to agree with.
     """
 
     steps: int = Field(ge=1)
