@@ -18,6 +18,10 @@ import dovetail as dt
 from dovetail.adapters import adapt
 from dovetail.objectives.next_token import cross_entropy
 from dovetail.parts.containers import StackModule
+from dovetail.parts.storage.int4 import Int4
+from dovetail.parts.storage.int8 import Int8
+from dovetail.parts.storage.nf4 import Nf4
+from dovetail.surgery import quantise
 from dovetail.training import Recipe, preflight
 from dovetail.training.device import autocast
 from dovetail.training.room import Step, Way, choose, predict, states
@@ -103,8 +107,20 @@ def test_predicts_peaks_of_lora_on_a_gpu(case: str, again: int, compiled: bool, 
     """bench/lora_gpu.py: bf16 base, fp32 adapters under autocast, 4 x 2048 tokens."""
     model = dt.build(LLAMA_8B, weights=False).to(torch.bfloat16)
     adapt(model, {"kind": "lora", "rank": 16})
-    way = predict(Step(model, 4, 2048, precision="bf16", compiled=compiled, nf4=nf4), "cuda", again)
+    way = predict(
+        Step(model, 4, 2048, precision="bf16", compiled=compiled, storage=Nf4() if nf4 else None), "cuda", again
+    )
     assert way.peak == pytest.approx(measured("lora_gpu", case), rel=0.1)
+
+
+@pytest.mark.parametrize("storage", [Int8(), Int4(block=32), Nf4()])
+def test_weights_in_codes_are_those_of_a_quantised_model(storage: Any) -> None:
+    blocks = {"mixer": {"kind": "attention"}, "feedforward": {"kind": "glu"}}
+    spec = {"kind": "decoder", "vocab": 64, "dim": 64, "depth": 2, "blocks": blocks}
+    model = dt.build(spec).requires_grad_(False)
+    found = states(Step(model, 1, 8, storage=storage))["weights"]
+    quantise(model, storage)
+    assert found == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def test_every_nth_block() -> None:

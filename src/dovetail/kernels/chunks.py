@@ -51,6 +51,12 @@ def autocasts(x: Tensor) -> bool:
 
 
 @cache
+def roomy(device: torch.device) -> bool:
+    """Whether a processor's shared memory is as large as an H100's."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200 * 1024
+
+
+@cache
 def has_triton() -> bool:
     """Whether Triton is installed, for the kernels that run on CUDA."""
     return importlib.util.find_spec("triton") is not None

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dovetail.parts.storage.base import Storage
 from dovetail.training.flops import flops_per_token, parameter_count
 
 Method = Literal["full", "lora", "qlora"]
@@ -98,12 +99,14 @@ def estimate(
     return Estimate(method, sharded, each, device_bytes, devices if devices and devices <= _MOST else None)
 
 
-def nf4_bytes(model: nn.Module) -> float:
-    """Of the weights where the blocks' linear maps are kept in NF4 and all others as they are, adapters among them."""
+def coded_bytes(model: nn.Module, storage: Storage) -> float:
+    """Of the weights where the blocks' frozen linear maps are kept as `storage` does and all others as they are, adapters
+    among them."""
     maps = [m.weight for b in _blocks(model) for m in b.modules() if isinstance(m, nn.Linear)]
     maps = [w for w in maps if w is not None and not w.requires_grad]
     whole = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return whole - sum(w.numel() * w.element_size() for w in maps) + _NF4 * sum(w.numel() for w in maps)
+    codes = sum(t.nbytes for w in maps for t in storage.empty(w.shape, w.dtype, "meta").buffers())
+    return float(whole - sum(w.numel() * w.element_size() for w in maps) + codes)
 
 
 def train_flops(model: nn.Module, method: Method, length: int, checkpointing: float) -> float:

@@ -224,9 +224,8 @@ def _step(recipe: Recipe, device: torch.device, frozen: float) -> Step:
         narrow = isinstance(recipe.model, str) and rounded == "bf16"
         model = model.to(torch.bfloat16) if narrow else model
         adapt(model, recipe.adapter)  # type: ignore[arg-type]
-    return Step(
-        model, t.batch, t.length, t.accumulate, rounded, t.compile, bool(t.ema), frozen, recipe.storage is not None
-    )
+    storage: Any = recipe.storage
+    return Step(model, t.batch, t.length, t.accumulate, rounded, t.compile, bool(t.ema), frozen, storage)
 
 
 def _helper_bytes(recipe: Recipe) -> dict[str, float]:

@@ -11,7 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, UnsupportedOperatorException
 
 from dovetail.parts.containers import StackModule
-from dovetail.training.memory import nf4_bytes
+from dovetail.parts.storage.base import Storage
+from dovetail.training.memory import coded_bytes
 from dovetail.training.simulate import step_bytes
 
 MARGIN = 0.9  # of the memory: a prediction is within a tenth of what was measured
@@ -45,8 +46,8 @@ class Way:
 class Step:
     """A step to find room for: `model` with its adapters, on the meta device, in the dtypes it is trained in.
 
-    average: whether an averaged copy of the weights is kept. frozen: bytes of other models. nf4: whether the frozen maps
-    of the blocks are kept in codes.
+    average: whether an averaged copy of the weights is kept. frozen: bytes of other models. storage: how the frozen maps
+    of the blocks are kept, in codes; None as they are.
     """
 
     model: nn.Module
@@ -57,7 +58,7 @@ class Step:
     compiled: bool = False
     average: bool = False
     frozen: float = 0.0
-    nf4: bool = False
+    storage: Storage | None = None
 
     def counts(self) -> bool:
         """Whether this is a model whose step can be counted: one stack that reads tokens and has a head."""
@@ -81,7 +82,10 @@ def states(step: Step) -> dict[str, float]:
     own = [*step.model.parameters(), *step.model.buffers()]
     trained = float(sum(p.numel() * p.element_size() for p in step.model.parameters() if p.requires_grad))
     weights = float(sum(t.numel() * t.element_size() for t in own))
-    sizes = {"weights": nf4_bytes(step.model) if step.nf4 else weights, "moments": 2 * trained}
+    sizes = {
+        "weights": weights if step.storage is None else coded_bytes(step.model, step.storage),
+        "moments": 2 * trained,
+    }
     return sizes | ({"average": trained} if step.average else {}) | ({"frozen": step.frozen} if step.frozen else {})
 
 

@@ -12,13 +12,13 @@ A normaliser, the sum of the weights, is a column of ones beside the values that
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from dovetail.kernels.chunks import roomy
 from dovetail.kernels.linear_attention import triton_kernels as kernels
 from dovetail.kernels.linear_attention.spans import Sizes, like
 
@@ -145,12 +145,6 @@ def _common(b: Tensor, c: Tensor, gates: Gates, sizes: Sizes, reverse: bool) -> 
         "EVEN": b.shape[2] % sizes.tile == 0, "PRECISION": PRECISION,
         "num_warps": sizes.warps, "num_stages": sizes.stages if roomy(b.device) else 1,
     }, triton.cdiv(E, columns)  # fmt: skip
-
-
-@cache
-def roomy(device: torch.device) -> bool:
-    """Whether a processor's shared memory takes two tiles at a time, as it does from the H100 on."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200 * 1024
 
 
 def padded(width: int) -> int:

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dovetail.kernels.chunks import roomy
 from dovetail.kernels.linear_attention import triton as linear
 from dovetail.kernels.linear_attention.chunked import Rows
 from dovetail.kernels.linear_attention.spans import sizes
@@ -213,7 +214,7 @@ class _Call:
             tiles = tiles._replace(rows=max(16, tiles.rows // 2), columns=max(32, tiles.columns // 2))
         if wide > 128 or self.places[0] is not None:
             tiles = tiles._replace(keys=max(16, tiles.keys // 2))
-        if not linear.roomy(a.device):
+        if not roomy(a.device):
             rows, keys, columns = (max(16, n // 2) for n in tiles[:3])
             tiles = Tiles(rows, keys, columns, tiles.warps, 1)
         tiles = tiles._replace(rows=min(tiles.rows, longest), keys=min(tiles.keys, longest))

@@ -20,6 +20,7 @@ from dovetail.kernels.attention.triton import diagonals as sides
 from dovetail.kernels.attention.triton import forward as ahead
 from dovetail.kernels.attention.triton import sizes, tiles
 from dovetail.kernels.attention.triton.shapes import like
+from dovetail.kernels.chunks import roomy
 
 PRECISION = "tf32x3"  # of products of fp32 factors: on tensor cores, about as exact as in fp32 units ("ieee")
 PAD = 384  # entries of which a table is constant before and behind: at least the rows and columns of a tile together
@@ -164,7 +165,7 @@ class _Asked:
             line = table.detach().to(torch.float32)[None] * LOG2E
             self.table = F.pad(line, (PAD, PAD), mode="replicate")[0].contiguous()
         self.bounds = (span.before or 0, span.after or 0, span.sinks, self.reach)
-        self.roomy = _roomy(q.device)
+        self.roomy = roomy(q.device)
         self._dense: dict[int, Tensor] = {}
 
     def tiles(self, kernel: str) -> sizes.Tiles:
@@ -255,12 +256,6 @@ def _dense(x: Tensor) -> Tensor:
 
 def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
-
-
-@cache
-def _roomy(device: torch.device) -> bool:
-    """Whether a processor's shared memory is as large as an H100's."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200 * 1024
 
 
 @cache

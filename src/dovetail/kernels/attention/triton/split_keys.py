@@ -22,8 +22,9 @@ from torch import Tensor
 
 from dovetail.kernels.attention.coords import Span
 from dovetail.kernels.attention.triton.few_queries import BLOCK
-from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION, _padded, _roomy
+from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION, _padded
 from dovetail.kernels.attention.triton.tiles import seen
+from dovetail.kernels.chunks import roomy
 
 BLOCKS = 128  # of those of `ranges` that are looked up at a time
 SPLITS = 128  # at most
@@ -247,7 +248,7 @@ def forward(
     (B, H, T, width), (G, S), values = q.shape, k.shape[1:3], v.shape[3]
     (D, rest), E, fan = parts(width), _padded(values), H // G
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    tile = (WIDE if q.dtype == torch.float32 else NARROW if _roomy(q.device) else SMALL)[max(64, D, E)]
+    tile = (WIDE if q.dtype == torch.float32 else NARROW if roomy(q.device) else SMALL)[max(64, D, E)]
     alike = all(a == b or n == 1 for n, a, b in zip(k.shape, k.stride(), v.stride(), strict=True))
     shared = v.data_ptr() == k.data_ptr() and alike and values == E == D
     rows = min(tile.rows, _padded(fan * T))
