@@ -2,7 +2,8 @@
 
     python bench/attention_sweep.py [KERNEL...]     those whose names begin so: attend, queries, keys, diagonals; or all
 
-What it finds is written into src/dovetail/kernels/attention/triton/sizes.py by hand.
+What it finds is written into src/dovetail/kernels/attention/triton/sizes.py by hand. A kernel of the backward is timed
+with the whole of it, of which it alone gets other tiles.
 """
 
 from __future__ import annotations
@@ -14,46 +15,72 @@ from typing import Any
 import torch
 from attention_triton import BF16, REPEAT, Case, inputs, learned, scored
 from common import interleaved, often
+from torch import Tensor
 from tuning import workers
 
+from dovetail.kernels.attention import Span
 from dovetail.kernels.attention.triton import launch, sizes
 
-CHOICES: dict[str, list[tuple[int, int, int, int]]] = {
-    "attend": [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 128, 4, 2), (64, 64, 4, 2)],
-    "queries": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2)],
-    "keys": [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 64, 8, 3), (64, 64, 4, 2), (64, 128, 8, 2)],
-    "diagonals": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 128, 8, 2)],
-}  # fmt: skip
-SHAPES = {
-    "": {64: Case(4, 32, 4096, 64), 128: Case(1, 16, 16384, 128)},
-    " band": {64: Case(1, 16, 32768, 64, window=512), 128: Case(1, 16, 32768, 128, window=512)},
-    " table": {64: Case(4, 16, 4096, 64, False, "t5"), 128: Case(4, 16, 4096, 128, False, "t5")},
+Choice = tuple[int, int, int, int]
+# What compiles for an H100 without, or almost without, a stack: bench/compiles.py says so
+CHOICES: dict[str, dict[int, list[Choice]]] = {
+    "attend": {
+        64: [(128, 128, 8, 2), (128, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)],
+        128: [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
+    },
+    "queries": {
+        64: [(128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 4, 2)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 32, 4, 2), (64, 32, 4, 3)],
+    },
+    "keys": {
+        64: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 3)],
+        128: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 3)],
+    },
+    "diagonals": {n: [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (128, 128, 8, 2)] for n in (64, 128)},
 }
-Job = tuple[str, int, tuple[int, int, int, int]]
+NEAR = 512  # of the pair: one form up to here, the other beyond
+SHAPES: dict[str, dict[int, list[Case]]] = {
+    "": {64: [Case(4, 32, 4096, 64)], 128: [Case(1, 16, 16384, 128)]},
+    "band": {n: [Case(1, 16, 32768, n, window=512), Case(1, 16, 32768, n, window=4096)] for n in (64, 128)},
+    "pair": {n: [Case(4, 16, 4096, n)] for n in (64, 128)},
+    "table": {n: [Case(4, 16, 4096, n, False, "t5"), Case(4, 16, 4096, n, False, "alibi")] for n in (64, 128)},
+}
+Job = tuple[str, int, Choice]
 
 
-def one(job: Job, score: str | None = None) -> Callable[[], Any]:
-    """The forward, or the backward with only this kernel's tiles changed. score: another than the shape's own."""
+def shapes(name: str, width: int) -> list[Case]:
+    kernel, _, asked = name.partition(" ")
+    found = SHAPES[asked][width]
+    return [Case(4, 16, 4096, width, True, "t5")] if kernel == "diagonals" else found
+
+
+def one(job: Job, case: Case) -> Callable[[], Any]:
+    """The forward, or the backward with only this kernel's tiles changed."""
     name, width, choice = job
-    kernel, _, more = name.partition(" ")
-    case = SHAPES[" table" if kernel == "diagonals" else f" {more}" if more else ""][width]
+    kernel, _, asked = name.partition(" ")
     sizes.NARROW[name][width] = sizes.Tiles(*choice)
     q, k, v = (t.detach() for t in inputs(case.B, case.T, (case.H, case.H, case.H), (case.D, case.D), BF16))
-    span, made = case.rule.span(), scored(score or case.score, learned(case.score, case.H), case.H)
+    span, made = case.rule.span(), scored(case.score, learned(case.score, case.H), case.H)
     table = None if made is None else made.along(case.T, 1.0, q.device).detach()
     assert span is not None
+    second: launch.Second | None = None
+    if asked == "pair":
+        other: list[Tensor] = [
+            t.detach() for t in inputs(case.B, case.T, (case.H, case.H, case.H), (case.D, case.D), BF16)
+        ]
+        span, second = Span(NEAR - 1, 0), launch.Second(other[0], other[1], Span(None, -NEAR))
     if kernel == "attend":
-        return lambda: launch.forward(q, k, v, table, None, span, case.D**-0.5)
-    out, lse = launch.forward(q, k, v, table, None, span, case.D**-0.5)
+        return lambda: launch.forward(q, k, v, table, None, span, case.D**-0.5, second)
+    out, lse = launch.forward(q, k, v, table, None, span, case.D**-0.5, second)
     up = torch.randn_like(out)
-    return lambda: launch.backward(up, None, q, k, v, table, None, out, lse, span, case.D**-0.5)
+    return lambda: launch.backward(up, None, q, k, v, table, None, out, lse, span, case.D**-0.5, second)
 
 
 def compiled(job: Job) -> str:
     """Compiles into the cache on disk; empty where it could, else why not."""
     try:
-        for score in [None, "alibi"] if job[0] == "attend table" else [None]:
-            one(job, score)()
+        for case in shapes(*job[:2]):
+            one(job, case)()
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
@@ -67,23 +94,24 @@ def sweep(kernels: list[str]) -> None:
         for name in sizes.NARROW
         if not kernels or any(name.startswith(k) for k in kernels)
         for width in (64, 128)
-        for choice in CHOICES[name.split()[0]]
+        for choice in CHOICES[name.split()[0]][width]
     ]
     with workers() as pool:
         failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
     for name, width in dict.fromkeys(job[:2] for job in jobs):
-        kept, times = sizes.NARROW[name][width], {}
-        for job in [j for j in jobs if j[:2] == (name, width)]:
-            if failed[job]:
-                print(f"{name} {width} {job[2]}: {failed[job]}")
-                continue
-            for score in [None, "alibi"] if name == "attend table" else [None]:
-                seconds = interleaved({"": often(one(job, score), REPEAT)}, rounds=3, warmup=1)[""][0] / REPEAT
-                times[job[2], score or ""] = seconds
-        sizes.NARROW[name][width] = kept
-        for (choice, score), seconds in sorted(times.items(), key=lambda item: item[1]):
-            note = " (as it stands)" if choice == kept else ""
-            print(f"{name} {width} {score} {1e3 * seconds:.3f} ms {sizes.Tiles(*choice)}{note}", flush=True)
+        kept = sizes.NARROW[name][width]
+        for case in shapes(name, width):
+            times: dict[Choice, float] = {}
+            for job in [j for j in jobs if j[:2] == (name, width)]:
+                if failed[job]:
+                    print(f"{name} {width} {job[2]}: {failed[job]}")
+                else:
+                    found = interleaved({"": often(one(job, case), REPEAT)}, rounds=3, warmup=1)[""][0]
+                    times[job[2]] = found / REPEAT
+            sizes.NARROW[name][width] = kept
+            for choice, seconds in sorted(times.items(), key=lambda item: item[1]):
+                note = " (as it stands)" if choice == kept else ""
+                print(f"{name}: {case.name} {1e3 * seconds:.3f} ms {choice}{note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,35 +5,102 @@ the speed of memory; as a sum of I columns it is up to three times as fast for o
 from four on (measured on AVX-512 with fp32). For one vector the columns are shared among the cores too
 (kernels/linear), whatever the shape. Only strides change, and they change back afterwards: training must
 not see another order of summation because somebody sampled in between.
+
+The columns stay for the next call, as long as their weight lives, where they are `KEPT` bytes at most. Whether they still
+say what the rows say is asked of the bits themselves, since a version counter does not see what is written through
+`.data` or a numpy view; reading the weights once for it takes an eighth of turning them there and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FEW = 2  # vectors up to which columns are faster
 WORTH = 16  # steps from which the gain outweighs copying the matrices there and back
+KEPT = 2**30  # bytes: a model with more is turned at every call, since twice its memory may not be there
+
+
+@dataclass
+class _Columns:
+    """A weight (O,I) turned: data (I,O), and the prints of both as they were when they said the same."""
+
+    data: Tensor
+    rows_print: Tensor
+    print: Tensor
+
+
+_kept = WeakTensorKeyDictionary()  # _Columns by weight; a copy of the model begins without
 
 
 @contextmanager
 def vector_layout(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
     """Inside, the fp32 CPU matrices of `model` are column-major: all for one vector, those of O > I for two.
 
-    rows: vectors that each product has. steps: how often each is used at most.
+    rows: vectors that each product has. steps: how often each is used at most. Up to `KEPT` bytes, the columns are kept
+    as long as the weights live. A weight that is changed meanwhile keeps its change.
     """
     chosen = _matrices(model, wide=rows > 1) if rows <= FEW and steps >= WORTH else []
+    keep = sum(weight.nbytes for weight in chosen) <= KEPT
+    before: list[tuple[nn.Parameter, Tensor | None]] = []
     try:
         for weight in chosen:
-            weight.data = weight.data.t().contiguous().t()
+            before.append((weight, weight.data if keep else None))
+            weight.data = _columns(weight) if keep else weight.data.t().contiguous().t()
         yield
     finally:
-        for weight in chosen:
-            weight.data = weight.data.contiguous()
+        for weight, data in before:
+            weight.data = weight.data.contiguous() if data is None else _rows(weight, data)
+
+
+@torch.inference_mode(False)
+def _columns(weight: nn.Parameter) -> Tensor:
+    """The weight (O,I) column-major, from what is kept of it where that says the same."""
+    rows, kept = weight.data, _kept.get(weight)
+    now = _print(rows)
+    if kept is None or kept.data.shape != rows.t().shape:
+        data = rows.t().contiguous()
+        kept = _kept[weight] = _Columns(data, now, _print(data))
+    elif not torch.equal(now, kept.rows_print):
+        kept.data.copy_(rows.t())
+        kept.rows_print, kept.print = now, _print(kept.data)
+    return kept.data.t()
+
+
+@torch.inference_mode(False)
+def _rows(weight: nn.Parameter, before: Tensor) -> Tensor:
+    """The weight (O,I) row-major, in the memory that it had before its columns unless other memory was put in its place."""
+    kept = _kept[weight]
+    if weight.data_ptr() != kept.data.data_ptr():
+        return weight.data.contiguous()
+    if not torch.equal(_print(kept.data), kept.print):
+        before.copy_(weight.data)
+        del _kept[weight]
+    return before
+
+
+def _print(x: Tensor) -> Tensor:
+    """A contiguous fp32 matrix -> int64 numbers, others for other bits but for once in 2^40: rows of its bits times random
+    odd numbers, modulo 2^64, which does not depend on the order of summation."""
+    rows, width = x.shape
+    if width % 2 and rows % 2 == 0:
+        x, width = x.view(rows // 2, 2 * width), 2 * width
+    pairs = width % 2 == 0 and x.storage_offset() % 2 == 0
+    bits = x.view(torch.int64) if pairs else x.view(torch.int32).long()
+    return torch.mv(bits, _odd(bits.shape[1]))
+
+
+@cache
+def _odd(count: int) -> Tensor:
+    """`count` random odd numbers."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(0)) | 1
 
 
 def _matrices(model: nn.Module, wide: bool) -> list[nn.Parameter]:

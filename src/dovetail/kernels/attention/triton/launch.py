@@ -171,9 +171,11 @@ class _Asked:
     def tiles(self, kernel: str) -> sizes.Tiles:
         """Those of `sizes`, for this call."""
         named = kernel
-        if self.table is not None and kernel != "diagonals":
+        if self.table is not None:
             named = f"{kernel} table"
-        elif kernel == "attend" and self.span.before is not None and self.other is None:
+        elif self.other is not None:
+            named = f"{kernel} pair"
+        elif self.span.before is not None:
             named = f"{kernel} band"
         cut = sizes.tiles(named, max(self.D, self.E), self.dtype, self.roomy)
         assert cut.rows + cut.columns <= PAD and LENGTHS % cut.rows == LENGTHS % cut.columns == 0
