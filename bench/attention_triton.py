@@ -64,7 +64,7 @@ PLACED: list[Check] = [  # padded, and in documents
 
 
 class Case(NamedTuple):
-    """One shape that is timed. score: "", "t5", "alibi"; window: 0 for none; causal or full."""
+    """One shape that is timed. score: "", "t5", "alibi"; window: 0 for none; causal or full; documents: packed in a row."""
 
     B: int
     H: int
@@ -74,11 +74,13 @@ class Case(NamedTuple):
     score: str = ""
     window: int = 0
     target: float | None = None  # TFLOP/s forward
+    documents: int = 1
 
     @property
     def name(self) -> str:
         what = "causal" if self.causal else "full"
         more = f" window {self.window}" if self.window else f" {self.score}" if self.score else ""
+        more += f" {self.documents} documents" if self.documents > 1 else ""
         return f"{what}{more} B{self.B} H{self.H} T{self.T} D{self.D}"
 
     @property
@@ -87,10 +89,18 @@ class Case(NamedTuple):
         return rule & Window(size=self.window) if self.window else rule
 
     @property
+    def mask(self) -> BoundMask:
+        if self.documents == 1:
+            return bound(self.rule, self.B, self.T)
+        number = torch.arange(self.T, device="cuda") * self.documents // self.T
+        return Context.of(self.B, self.T, number.device, segments=number.expand(self.B, -1)).bind(self.rule)
+
+    @property
     def operations(self) -> float:
         """Of the forward: two products of the pairs that are seen."""
         T, W = self.T, self.window or self.T
         pairs = W * T - W * W / 2 if self.causal else T * T
+        pairs /= self.documents
         return 4 * self.B * self.H * self.D * pairs
 
 
@@ -98,7 +108,7 @@ CASES = [
     Case(4, 16, 4096, 64, False, "t5", target=250), Case(4, 16, 4096, 64, False, "alibi", target=250),
     Case(4, 16, 4096, 64, True, "t5"), Case(4, 16, 4096, 64, True, "alibi"), Case(4, 16, 4096, 128, True, "t5"),
     Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
-    Case(1, 16, 16384, 128, window=1024),
+    Case(1, 16, 16384, 128, window=1024), Case(1, 16, 16384, 128, documents=8),
 ]  # fmt: skip
 
 
@@ -182,9 +192,9 @@ def check() -> None:
             print(line, flush=True)
         for line in made:
             print(line, flush=True)
-    triton.OWN = ("table", "window", "plain", "regions")
+    triton.OWN = ("table", "window", "plain", "documents", "regions")
     for case in CASES:
-        mask, score = bound(case.rule, case.B, case.T), scored(case.score, learned(case.score, case.H), case.H)
+        mask, score = case.mask, scored(case.score, learned(case.score, case.H), case.H)
         asked: dict[str, Any] = {"device": "cuda", "dtype": BF16, "queries": case.T, "width": case.D}
         assert plan(**asked, mask=mask, score=score).path == "triton", case
 
@@ -232,7 +242,7 @@ def ways(case: Case) -> dict[str, Way]:
     """By name: what gives the output, and what has gradients."""
     B, H, T, D = case[:4]
     q, k, v = qkv = inputs(B, T, (H, H, H), (D, D), BF16)
-    mask, known = bound(case.rule, B, T), learned(case.score, H)
+    mask, known = case.mask, learned(case.score, H)
     found: dict[str, Way] = {
         "ours": (lambda: triton.attend(q, k, v, mask, scored(case.score, known, H), D**-0.5), [*qkv, *known])
     }
@@ -265,7 +275,7 @@ def ways(case: Case) -> dict[str, Way]:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    if case.window:
+    if case.window or case.documents > 1:
         found["Flex"] = (lambda: flex(q, k, v, block_mask=block), qkv)  # type: ignore[return-value]
     else:
         found["SDPA cuDNN"] = (lambda: fused(SDPBackend.CUDNN_ATTENTION), qkv)

@@ -42,12 +42,12 @@ class Loss:
     scope: Literal["token", "batch"] = "token"
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def total(self, counts: Mapping[str, int] | None = None) -> Tensor:
+    def total(self, counts: Mapping[str, int] | Mapping[str, Tensor] | None = None) -> Tensor:
         """Σ weight · sum / count, with this batch's own counts or the global ones given. A count of 0 gives 0."""
         shares = []
         for name, term in self.terms.items():
-            count = term.count.clamp_min(1) if counts is None else max(1, counts[name])
-            shares.append(term.weight * term.sum / count)
+            count = term.count if counts is None else counts[name]
+            shares.append(term.weight * term.sum / (count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)))
         return torch.stack(shares).sum() if len(shares) > 1 else shares[0]
 
 

@@ -28,6 +28,7 @@ from dovetail.stats import RunningMean
 from dovetail.training import checkpoint
 from dovetail.training.device import autocast, compiled, peak_memory, peak_rate, precision
 from dovetail.training.flops import flops_per_token, parameter_count
+from dovetail.training.graphed import Graphed, Take
 from dovetail.training.meters import Bar, Log, Rate
 from dovetail.training.optim import Average, adamw, set_rate, update
 from dovetail.training.recipe import Recipe, Train
@@ -124,12 +125,17 @@ class Run:
         self.stepped: list[Any] = [
             m for m in self.model.modules() if hasattr(m, "at_step")
         ]  # go by the step (performer)
+        self.take: Take = self._take
+        if t.graph is True and self.device.type != "cuda":
+            raise SpecError("no CUDA graphs on this device", where="train.graph", remedy='set it to false or "auto"')
+        if t.graph and self.device.type == "cuda":
+            self.take = Graphed(self._take, self.optimizer, self.device)
         self.step, self.tokens, self.loss = 0, 0, math.nan
 
     @property
     def _length(self) -> int | None:
-        """What every row is padded to: compiled code has one shape."""
-        return self.options.length if self.options.compile else None
+        """What every row is padded to: compiled code and graphs have one shape."""
+        return self.options.length if self.options.compile or self.options.graph else None
 
     def restore(self, folder: Path) -> None:
         """Goes on from a checkpoint. Raises SpecError when it was written by another recipe."""
@@ -251,10 +257,13 @@ class Run:
         before_step(self.model, self.step + 1, t.steps)
         for part in self.stepped:
             part.at_step(self.step)
+        loss, norm = self.take(micro, counts)
+        return loss, norm, sum(real_tokens(batch) for batch in micro)
+
+    def _take(self, micro: list[dict[str, Tensor]], counts: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What a step does on the device: (loss, gradient norm)."""
         loss = torch.zeros((), device=self.device)
-        tokens = 0
         for batch in micro:
-            tokens += real_tokens(batch)
             batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
             with autocast(self.precision, self.device):
                 share = self.objective(self.compiled, batch).total(counts)
@@ -263,12 +272,12 @@ class Run:
         extra = penalty(self.model)
         if extra is not None:
             extra.backward()
-        norm = update(self.optimizer, self.parameters, t.clip)
-        after_backward(self.model, self.step + 1, t.steps)
+        norm = update(self.optimizer, self.parameters, self.options.clip)
+        after_backward(self.model, self.step + 1, self.options.steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        return loss, norm, tokens
+        return loss, norm
 
     def evaluate(self) -> dict[str, float]:
         """Held-out scores of the weights that will be exported (the averaged ones with EMA)."""

@@ -63,9 +63,12 @@ def adamw(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group at `factor` times its own peak."""
+    """Every group at `factor` times its own peak. A rate that is a tensor, which a graph reads, is filled."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["peak"] * factor)
+        else:
+            group["lr"] = group["peak"] * factor
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:

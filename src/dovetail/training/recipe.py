@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dovetail import adapters as adapters  # registers its kinds
+from dovetail.adapters import AdapterSpec  # and registers the kinds
 from dovetail.errors import SpecError, did_you_mean
 from dovetail.objectives.next_token import NextToken
 from dovetail.spec.categories import AdapterPart, CorpusPart, ObjectivePart, StoragePart
@@ -54,7 +54,8 @@ class Train(Section):
     the weights, which is then what is evaluated and exported (0: none). autocast: "auto" takes bf16 where the device
     computes it faster. save_every, eval_every, log_every: in steps (0: only at the end). keep: checkpoints that stay.
     eval_batches: at most so many held-out batches (0: all). checkpointing: blocks made again in the backward, all of
-    them, one in so many, or as few as fit into the device's memory ("auto"; see `preflight`). plain: every fast path
+    them, one in so many, or as few as fit into the device's memory ("auto"; see `preflight`). graph: steps replayed as
+    CUDA graphs ("auto": where the device is one), which small models need to keep a GPU busy. plain: every fast path
     off, the kernels' plain twins in fp32 (`kernels.twins`): slow, and what a fast run is to agree with.
     """
 
@@ -75,6 +76,7 @@ class Train(Section):
     ema: float = Field(default=0.0, ge=0, lt=1)
     autocast: Literal["auto", "none", "bf16"] = "auto"
     compile: bool = False
+    graph: bool | Literal["auto"] = False
     plain: bool = False
     checkpointing: bool | Annotated[int, Field(ge=2)] | Literal["auto"] = False
     save_every: int = Field(default=0, ge=0)
@@ -131,7 +133,11 @@ class Recipe(Section):
                 f"the adapter {recipe.adapter.kind!r} runs other blocks in every step, which compiled code cannot",  # type: ignore[union-attr]
                 where=f"{where}.train.compile", remedy="set it to false, or the adapter's drop",
             )  # fmt: skip
-        fast = {"compile": recipe.train.compile, "autocast": recipe.train.autocast == "bf16"}
+        if recipe.train.graph:
+            _check_graph(recipe, f"{where}.train.graph")
+        fast = {
+            "compile": recipe.train.compile, "autocast": recipe.train.autocast == "bf16", "graph": bool(recipe.train.graph),
+        }  # fmt: skip
         if recipe.train.plain and any(fast.values()):
             raise SpecError(
                 f"train.plain turns every fast path off, and train.{next(k for k in fast if fast[k])} turns one on",
@@ -151,6 +157,21 @@ class Recipe(Section):
             source = source.to_dict()
         where = str(source) if isinstance(source, (str, Path)) else "recipe"
         return Recipe.parse(overridden(source, overrides, Recipe.model_fields, "recipes/tiny.yaml"), where)
+
+
+def _check_graph(recipe: Recipe, where: str) -> None:
+    """Raises SpecError for what goes another way from step to step, or reads the device's state."""
+    adapter: Any = recipe.adapter
+    if adapter is not None and (not adapter.steady or type(adapter).after_backward is not AdapterSpec.after_backward):
+        raise SpecError(
+            f"the adapter {adapter.kind!r} does something else from step to step, and a graph the same",
+            where=where, remedy="set it to false",
+        )  # fmt: skip
+    if recipe.train.checkpointing:
+        raise SpecError(
+            "blocks that are made again save the state of random numbers, which a graph cannot", where=where,
+            remedy="set it or train.checkpointing to false",
+        )  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):

@@ -147,7 +147,8 @@ def _dilated(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, scale: float) -> 
 def _residues(x: Tensor, step: int) -> Tensor:
     """(B,H,T,D) as (B,step·H,ceil(T/step),D), the heads of a residue side by side."""
     x = x.transpose(1, 2)
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % step))
+    if x.shape[1] % step:  # a padding of nothing would be a copy
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % step))
     return x.unflatten(1, (-1, step)).flatten(2, 3).transpose(1, 2)
 
 
