@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from attention_triton import BF16, REPEAT, Case, inputs, learned, scored
-from common import interleaved, often
+from common import interleaved, replayed
 from torch import Tensor
-from tuning import workers
+from tuning import compiled_choices, ranked
 
 from dovetail.kernels.attention import Span
 from dovetail.kernels.attention.triton import launch, sizes
@@ -96,8 +96,7 @@ def sweep(kernels: list[str]) -> None:
         for width in (64, 128)
         for choice in CHOICES[name.split()[0]][width]
     ]
-    with workers() as pool:
-        failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+    failed = compiled_choices(compiled, jobs)
     for name, width in dict.fromkeys(job[:2] for job in jobs):
         kept = sizes.NARROW[name][width]
         for case in shapes(name, width):
@@ -106,12 +105,10 @@ def sweep(kernels: list[str]) -> None:
                 if failed[job]:
                     print(f"{name} {width} {job[2]}: {failed[job]}")
                 else:
-                    found = interleaved({"": often(one(job, case), REPEAT)}, rounds=3, warmup=1)[""][0]
+                    found = interleaved(replayed({"": one(job, case)}, REPEAT), rounds=3, warmup=1)[""][0]
                     times[job[2]] = found / REPEAT
             sizes.NARROW[name][width] = kept
-            for choice, seconds in sorted(times.items(), key=lambda item: item[1]):
-                note = " (as it stands)" if choice == kept else ""
-                print(f"{name}: {case.name} {1e3 * seconds:.3f} ms {choice}{note}", flush=True)
+            ranked(f"{name}: {case.name}", times, kept)
 
 
 if __name__ == "__main__":

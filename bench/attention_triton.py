@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from common import ceilings, interleaved, main, often, row
+from common import ceilings, interleaved, main, replayed, row
 from torch import Tensor
 from torch._inductor import config as inductor
 from torch.nn import functional as F
@@ -34,7 +34,7 @@ from dovetail.parts.context import Context
 from dovetail.parts.mask import Band, Beyond, Causal, Full, Mask, Prefix, Window
 
 BENCHMARK = {"device": "cuda", "packages": {"triton": "triton"}, "minutes": 2.5}
-REPEAT = 10  # calls queued between two synchronisations, as in a real step
+REPEAT = 10  # calls in a graph, between two synchronisations
 REACH = 128  # of a table like T5's: 32 buckets, all alike from this distance on
 SINKS = Causal() & (Window(size=300) | Prefix(length=4))
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -316,9 +316,9 @@ def measure() -> Iterator[dict[str, Any]]:
     for case in CASES:
         made = {name: way for name, way in ways(case).items() if runs(way)}
         up = torch.randn_like(next(iter(made.values()))[0]())
-        times = {"fwd": interleaved({n: often(run, REPEAT) for n, (run, _) in made.items()}, rounds=9, warmup=2)}
-        steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], up), REPEAT) for n, way in made.items()}  # noqa: B023
-        times["fwd+bwd"] = interleaved(steps, rounds=9, warmup=2)
+        times = {"fwd": interleaved(replayed({n: run for n, (run, _) in made.items()}, REPEAT), rounds=9, warmup=2)}
+        steps = {n: (lambda w=way: torch.autograd.grad(w[0](), w[1], up)) for n, way in made.items()}  # noqa: B023
+        times["fwd+bwd"] = interleaved(replayed(steps, REPEAT), rounds=9, warmup=2)
         for what, found in times.items():
             work = case.operations * (1 if what == "fwd" else 3.5) * REPEAT / 1e12
             rate, spread = {n: work / t[0] for n, t in found.items()}, work / found["ours"][0] ** 2 * found["ours"][1]
@@ -345,9 +345,9 @@ def two_regions() -> Iterator[dict[str, Any]]:
         "two": (lambda: regions.attend_regions(two, q, D**-0.5), [q, k, v, other, turned]),
         "one": (lambda: triton.attend(q, k, v, whole, None, D**-0.5), [q, k, v]),
     }
-    times = {"fwd": interleaved({n: often(run, REPEAT) for n, (run, _) in made.items()}, rounds=9, warmup=2)}
-    steps = {n: often(lambda w=way: torch.autograd.grad(w[0](), w[1], up), REPEAT) for n, way in made.items()}
-    times["fwd+bwd"] = interleaved(steps, rounds=9, warmup=2)
+    times = {"fwd": interleaved(replayed({n: run for n, (run, _) in made.items()}, REPEAT), rounds=9, warmup=2)}
+    steps = {n: (lambda w=way: torch.autograd.grad(w[0](), w[1], up)) for n, way in made.items()}
+    times["fwd+bwd"] = interleaved(replayed(steps, REPEAT), rounds=9, warmup=2)
     for what, found in times.items():
         ours, theirs = (1e3 * found[n][0] / REPEAT for n in ("two", "one"))
         case, peer = f"near 512 and far B{B} H{H} T{T} D{D} {what}", "one causal attention, ours"

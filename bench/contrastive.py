@@ -10,16 +10,16 @@ autocast. Floor: 2·n·n·d operations four times (three for sigmoid) at the mea
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, main, often, row
+from common import ceilings, interleaved, often, row
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+from tuning import main_or_sweep
 
 from dovetail.kernels import contrastive as folder
 from dovetail.kernels.contrastive import contrastive, plan, reference
@@ -219,8 +219,4 @@ def sweep(n: int = N, d: int = D) -> None:
 
 
 if __name__ == "__main__":
-    if "--sweep" in sys.argv:
-        torch.manual_seed(0)
-        sweep()
-    else:
-        main(__file__)
+    main_or_sweep(__file__, sweep)

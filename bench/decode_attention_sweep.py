@@ -13,7 +13,7 @@ import torch
 from common import interleaved
 from decode_attention import BF16, CAUSAL, DEVICE, Case, captured, made, queries, state
 from torch import Tensor
-from tuning import workers
+from tuning import compiled_choices
 
 from dovetail.kernels.attention import BoundMask, Coords, Side, triton
 from dovetail.kernels.attention.triton import split_keys
@@ -81,11 +81,7 @@ def measured(case: Case, width: int, choices: list[split_keys.Tiles]) -> dict[sp
 def sweep(widths: list[int]) -> None:
     """For each width the choices by the mean of their times over the best time of each case."""
     jobs: list[Job] = [(width, tile) for width in widths for tile in TILES[width]]
-    if DEVICE == "cuda":
-        with workers() as pool:
-            failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
-    else:
-        failed = {job: compiled(job) for job in jobs}
+    failed = compiled_choices(compiled, jobs) if DEVICE == "cuda" else {job: compiled(job) for job in jobs}
     for job, why in failed.items():
         if why:
             print(f"D{job[0]} {job[1]}: {why}", flush=True)

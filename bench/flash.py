@@ -10,16 +10,15 @@ copy, and of the products that no way can spare, at the rate of a large product.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, main, often, row
+from common import ceilings, interleaved, often, row
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tuning import workers
+from tuning import compiled_choices, main_or_sweep, ranked, workers
 
 from dovetail.kernels.mixed_chunk import Heads, chunked, mixed_chunk, plan, reference, triton
 from dovetail.parts.context import Context
@@ -192,8 +191,7 @@ def compiled(job: tuple[str, triton.Tiles]) -> str:
 def sweep() -> None:
     jobs = [(name, tiles) for name, choices in SWEEP.items() for tiles in choices]
     kept = dict(triton.TILES)
-    with workers() as pool:
-        failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+    failed = compiled_choices(compiled, jobs)
     for name, choices in SWEEP.items():
         times: dict[triton.Tiles, float] = {}
         for tiles in choices:
@@ -201,9 +199,7 @@ def sweep() -> None:
                 print(f"{name:8} {tiles}: {failed[name, tiles]}")
                 continue
             times[tiles] = interleaved({"": often(one(name, tiles), REPEAT)}, rounds=5, warmup=1)[""][0] / REPEAT
-        for tiles, seconds in sorted(times.items(), key=lambda item: item[1]):
-            note = " (as it stands)" if tiles == kept[name, True] else ""
-            print(f"{name:8} {1e3 * seconds:.3f} ms both ways {tiles}{note}", flush=True)
+        ranked(f"{name:8} both ways", times, kept[name, True])
     triton.TILES.update(kept)
     heads, v = inputs(TOKENS // 8192, 8192, D, E, torch.bfloat16)
     up = torch.randn_like(v)
@@ -215,7 +211,4 @@ def sweep() -> None:
 
 
 if __name__ == "__main__":
-    if "--sweep" in sys.argv:
-        sweep()
-    else:
-        main(__file__)
+    main_or_sweep(__file__, sweep)

@@ -15,16 +15,15 @@ with scores, sums and partial gradients kept in fp32 between kernels, come to ab
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, main, often, row
+from common import interleaved, often, row
 from torch import Tensor
 from torch.nn import functional as F
-from tuning import compiled_at_once, workers
+from tuning import compiled_at_once, compiled_choices, main_or_sweep, ranked, workers
 
 from dovetail.kernels.gated_linear import gated_linear, reference, triton
 
@@ -171,8 +170,7 @@ def compiled(job: tuple[str, triton.Launch]) -> str:
 
 def sweep() -> None:
     jobs = [(name, launch) for name, launches in SWEEP.items() for launch in launches]
-    with workers() as pool:
-        failed = dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+    failed = compiled_choices(compiled, jobs)
     for name, launches in SWEEP.items():
         times = {}
         for launch in launches:
@@ -180,11 +178,7 @@ def sweep() -> None:
                 print(f"{name:16} {launch}: {failed[name, launch]}")
                 continue
             times[launch] = interleaved({"": often(one(name, launch), REPEAT)}, rounds=5, warmup=1)[""][0] / REPEAT
-        for launch, seconds in sorted(times.items(), key=lambda item: item[1]):
-            print(
-                f"{name:16} {1e3 * seconds:.3f} ms {launch}{' (as it stands)' if launch == getattr(CHOSEN, name) else ''}",
-                flush=True,
-            )
+        ranked(f"{name:16}", times, getattr(CHOSEN, name))
     triton.BLOCKS[KEY] = CHOSEN
     for T, fill in itertools.product((8192, 32768), (128, 256, 512, 1024, 2048)):
         triton.FILL = fill
@@ -195,8 +189,4 @@ def sweep() -> None:
 
 
 if __name__ == "__main__":
-    if "--sweep" in sys.argv:
-        torch.manual_seed(0)
-        sweep()
-    else:
-        main(__file__)
+    main_or_sweep(__file__, sweep)

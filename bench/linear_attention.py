@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, main, often, row
+from common import ceilings, interleaved, often, row
 from torch import Tensor
-from tuning import compiled_at_once, workers
+from tuning import compiled_at_once, main_or_sweep, workers
 
 from dovetail.kernels.linear_attention import linear_attention, normalised, operator, plan, reference, triton
 from dovetail.kernels.linear_attention.spans import Sizes
@@ -213,8 +212,4 @@ def sweep() -> None:
 
 
 if __name__ == "__main__":
-    if "--sweep" in sys.argv:
-        torch.manual_seed(0)
-        sweep()
-    else:
-        main(__file__)
+    main_or_sweep(__file__, sweep)

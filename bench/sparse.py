@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import interleaved, main, often, row
+from common import interleaved, main, replayed, row
 from torch import Tensor
 from torch._inductor import config as inductor
 from tuning import workers
@@ -113,7 +113,7 @@ def measure() -> Iterator[dict[str, Any]]:
         return lambda: torch.autograd.grad(WAYS[way](q, k, v, masks[name]), (q, k, v), g)
 
     for what, made in (("fwd", forward), ("fwd+bwd", both)):
-        ways = {f"{name}, {way}": often(made(name, way), REPEAT) for name in RULES for way in WAYS}
+        ways = replayed({f"{name}, {way}": made(name, way) for name in RULES for way in WAYS}, REPEAT)
         times = {case: seconds / REPEAT for case, (seconds, _) in interleaved(ways, rounds=7, warmup=2).items()}
         for way in WAYS:
             cases = [f"{name}, {way}" for name in RULES]

@@ -1,17 +1,21 @@
-"""Peers whose Triton kernels tune themselves at their first call: their configurations compiled by many processes at once.
+"""Kernels compiled by many processes at once: those of peers that tune themselves at their first call, and our sweeps'.
 
-One after another they take minutes. What is compiled lies in Triton's cache on disk, where the tuning itself, which is
-the peer's own and whole, finds it.
+One after another they take minutes. What is compiled lies in Triton's cache on disk, where a peer's tuning, which is its
+own and whole, finds it, and so does a sweep.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+import torch
+from common import main
 
 WORKERS = max(2, min(24, (os.cpu_count() or 2) - 4))
 Work = Callable[[], Any]
@@ -20,6 +24,27 @@ Work = Callable[[], Any]
 def workers() -> ProcessPoolExecutor:
     """Processes of their own, for what compiles: they share Triton's cache on disk."""
     return ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
+
+
+def compiled_choices(compiled: Callable[[Any], str], jobs: Sequence[Any]) -> dict[Any, str]:
+    """compiled(job), a function of a module's top level, of each job: empty where it could be compiled, else why not."""
+    with workers() as pool:
+        return dict(zip(jobs, pool.map(compiled, jobs), strict=True))
+
+
+def ranked(what: str, seconds: Mapping[Any, float], kept: Any) -> None:
+    """Prints every choice and its time, the best first; kept: the one as it stands."""
+    for choice, each in sorted(seconds.items(), key=lambda item: item[1]):
+        print(f"{what} {1e3 * each:.3f} ms {choice}{' (as it stands)' if choice == kept else ''}", flush=True)
+
+
+def main_or_sweep(file: str, sweep: Callable[[], None]) -> None:
+    """What the file of a benchmark does when it is run: with `--sweep` its search for sizes, else `common.main`."""
+    if "--sweep" in sys.argv:
+        torch.manual_seed(0)
+        sweep()
+    else:
+        main(file)
 
 
 def compiled_at_once(*work: Work) -> None:

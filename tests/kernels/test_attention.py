@@ -31,6 +31,7 @@ from dovetail.parts.mask import (
     Dilated,
     Document,
     Full,
+    Globals,
     Mask,
     Padding,
     Prefix,
@@ -264,13 +265,15 @@ def test_the_plan_says_why() -> None:
     side = Side(torch.arange(200)[None])
     causal = BoundMask(Causal(), Coords(side, side, aligned=True))
     window = BoundMask(Window(size=3), Coords(side, side, aligned=True))
+    longformer = BoundMask(Window(size=3) | Globals(length=2), Coords(side, side, aligned=True))
     term = Score((Toeplitz(torch.zeros(1, 1), lambda d: 0 * d),))
     values = Score(value_terms=lambda p, a, b: p)
     for device, mask, score, path, word in [
         ("cpu", None, None, "sdpa", "nothing is masked"),
         ("cpu", causal, None, "sdpa", "is_causal"),
         ("cpu", window, None, "sdpa", "booleans"),
-        ("cuda", window, None, "flex", "skips the empty tiles"),
+        ("cuda", window, None, "triton", "a band of distances"),
+        ("cuda", longformer, None, "flex", "skips the empty tiles"),
         ("cpu", causal, term, "sdpa", "bias"),
         ("cpu", causal, Score(cap=5.0), "tiled", "not additive"),
         ("cuda", causal, values, "tiled", "probabilities"),
@@ -280,8 +283,8 @@ def test_the_plan_says_why() -> None:
         assert chosen.path == path and word in chosen.why
     # Short rows, and those that no training asks for again, are not worth the compilation.
     with torch.no_grad():
-        assert plan(device="cuda", dtype=torch.float32, queries=2048, mask=window, score=None).path == "sdpa"
-    assert plan(device="cuda", dtype=torch.float32, queries=200, mask=window, score=None).path == "sdpa"
+        assert plan(device="cuda", dtype=torch.float32, queries=2048, mask=longformer, score=None).path == "sdpa"
+    assert plan(device="cuda", dtype=torch.float32, queries=200, mask=longformer, score=None).path == "sdpa"
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -318,10 +321,10 @@ def test_bands_compile_whole_and_nest_in_threads() -> None:
     alone = [step(*x) for x in many]
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(a, b) for a, b in zip(pool.map(lambda x: step(*x), many), alone, strict=True))
-    torch.library.opcheck(bands._attend, (*(t.detach() for t in qkv), None, None, True, 0.3))
+    torch.library.opcheck(bands._attend.op, (*(t.detach() for t in qkv), None, None, True, 0.3))
     lone = [t.detach()[:1].transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]  # as a projection gives it
     known = ("test_schema", "test_faketensor")
-    torch.library.opcheck(bands._backward, (lone[0], *lone, None, None, True, 0.3), test_utils=known)
+    torch.library.opcheck(bands._backward.op, (lone[0], *lone, None, None, True, 0.3), test_utils=known)
 
 
 def test_dropout_keeps_the_mean() -> None:

@@ -220,7 +220,7 @@ def test_the_operation_keeps_its_promises() -> None:
     q, k, v = given(16, 1, 16, 16, torch.float32)
     for table in (None, torch.randn(H, 9, device=DEVICE).requires_grad_()):
         torch.library.opcheck(
-            operator._forward,
+            operator._forward.op,
             (q, k, v, table, None, None, None, 0, 0, SCALE),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
@@ -293,8 +293,6 @@ def test_plan_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
         known = {"device": device, "dtype": torch.bfloat16, "queries": 64, "width": width}
         return plan(**known, mask=ctx.bind(rule), score=score).path  # type: ignore[arg-type]
 
-    assert path(ctx, Causal(), table) == "sdpa"  # nothing until it is measured
-    monkeypatch.setattr(triton, "OWN", ("table", "window"))
     assert path(ctx, Causal(), table) == path(ctx, Full(), table) == path(ctx, SINKS, None) == "triton"
     assert path(padded, Causal(), table) == "triton"
     for other in (
@@ -308,6 +306,9 @@ def test_plan_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton.kind(BoundMask(Causal(), later), table, 64, NARROW) is None
     assert path(ctx, Causal(), table, device="cpu") == path(ctx, Causal(), table, width=256) == "sdpa"
     assert path(ctx, Causal(), Score(table.terms, cap=2.0)) == "tiled"  # type: ignore[union-attr]
+    assert path(ctx, Causal() & Window(size=30) & Dilated(step=2), None) == "triton"
+    monkeypatch.setattr(triton, "OWN", ())
+    assert path(ctx, Causal(), table) == path(ctx, SINKS, None) == "sdpa"
 
 
 def test_attend_goes_there(monkeypatch: pytest.MonkeyPatch) -> None:

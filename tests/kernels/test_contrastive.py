@@ -250,7 +250,7 @@ def test_compiles_whole() -> None:
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for learns in ((True, True, True), (False, True, True), (False, False, False)):
         known = (a, b, scale, bias.detach(), "softmax", 0, "blocks", torch.float64, *learns)
-        torch.library.opcheck(folder._run, known, test_utils=tests)
+        torch.library.opcheck(folder._run.op, known, test_utils=tests)
     first = torch.autograd.grad(run(*inputs), a, create_graph=True)[0]
     with pytest.raises(DataError, match="gradients of the contrastive loss's gradients"):
         first.sum().backward()

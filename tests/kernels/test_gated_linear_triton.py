@@ -146,9 +146,9 @@ def test_compiles_whole() -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     q, k, v, decay, S = (t.detach() for t in inputs)
     arguments = (q, k, v, decay, S, reset.to(torch.uint8), 0.5)
-    torch.library.opcheck(triton._run, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(triton._run.op, arguments, test_utils=("test_schema", "test_faketensor"))
     ups = torch.ones(1, 2, 20, 6, device=DEVICE), torch.ones(1, 2, 4, 6, device=DEVICE)
-    torch.library.opcheck(triton._run_backward, (*arguments, *ups), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(triton._run_backward.op, (*arguments, *ups), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_equals_the_chunked_path() -> None:

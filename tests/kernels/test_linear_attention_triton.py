@@ -191,7 +191,7 @@ def test_the_operation_keeps_its_promises() -> None:
     start = torch.randn(B, 1, 16, 16, device=DEVICE).requires_grad_()
     for more in ((start, None), (torch.zeros(B, 1, 16, 17, device=DEVICE), 1e-6)):
         torch.library.opcheck(
-            operator._forward,
+            operator._forward.op,
             (q, k, v, None, None, None, *more),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )

@@ -132,7 +132,7 @@ def test_the_operation_keeps_its_promises() -> None:
 
     heads, v = given(1, 20, 16, 16, torch.float32)
     torch.library.opcheck(
-        triton._run,
+        triton._run.op,
         (*heads, v, None, None, None, 16, True, SCALE),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )

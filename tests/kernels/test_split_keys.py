@@ -195,9 +195,9 @@ def test_the_operations_keep_their_promises() -> None:
     q, k, v = given(2, 1, 40)
     sides = (torch.tensor([[20], [30]], device=DEVICE), filled(21, 31, slots=40).order, None, None)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(few_queries._shown, (*sides, None, 0, 0), test_utils=tests)
+    torch.library.opcheck(few_queries._shown.op, (*sides, None, 0, 0), test_utils=tests)
     found = few_queries._shown(*sides, None, 0, 0)
-    torch.library.opcheck(few_queries._attend, (q, k, v, *sides, found, None, 0, 0, SCALE, None), test_utils=tests)
+    torch.library.opcheck(few_queries._attend.op, (q, k, v, *sides, found, None, 0, 0, SCALE, None), test_utils=tests)
 
 
 def test_plan_says_when(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,17 @@ def autocasts(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
+def padded(width: int, most: int | None = None) -> int:
+    """A tile's width that holds `width` numbers: a power of two, 16 at least, as products want; no more than `most`."""
+    found = max(16, 1 << (width - 1).bit_length())
+    return found if most is None else min(found, most)
+
+
+def ceil_div(n: int, size: int) -> int:
+    """Blocks of `size` that hold n. On the host triton.cdiv takes a fifth of the time of a launch."""
+    return -(-n // size)
+
+
 @cache
 def roomy(device: torch.device) -> bool:
     """Whether a processor's shared memory is as large as an H100's."""

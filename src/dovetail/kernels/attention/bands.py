@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels.attention.coords import BoundMask
+from dovetail.kernels.operation import operation
 
 TILE = 128
 _SCORES = 2**23  # scores held at a time, 16 MB in bf16: about a last-level cache
@@ -37,7 +38,7 @@ def tiles(seen: Tensor, tile: int = TILE) -> Tensor:
     return padded.unflatten(2, (-1, tile)).any(-1).unflatten(1, (-1, tile)).any(2)
 
 
-@torch.library.custom_op("dovetail::banded_attention", mutates_args=())
+@operation("banded_attention")
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, tiles: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
@@ -51,7 +52,7 @@ def _attend(
     return out.view(*q.shape[:3], v.shape[-1])
 
 
-@torch.library.custom_op("dovetail::banded_attention_backward", mutates_args=())
+@operation("banded_attention_backward")
 def _backward(
     d_out: Tensor,
     q: Tensor,

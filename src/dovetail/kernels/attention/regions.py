@@ -17,6 +17,7 @@ from dovetail.errors import BuildError
 from dovetail.kernels.attention import reference, triton
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.reference import Region
+from dovetail.kernels.chunks import without_autocast
 
 Triple = tuple[Tensor, Tensor, Tensor]  # q, k, v of one region
 
@@ -88,7 +89,8 @@ def attend_regions(regions: Sequence[Region], q: Tensor, scale: float, tile: int
         places.append(known[0] if known else len(once))
         if not known:
             once.append(t)
-    return _Merged.apply(scale, tile, [r.mask for r in regions], places, *once)  # type: ignore[no-any-return]
+    with without_autocast(q):  # its sums and normalisers are wider than the factors, which the backward counts on
+        return _Merged.apply(scale, tile, [r.mask for r in regions], places, *once)  # type: ignore[no-any-return]
 
 
 def _own(triples: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[BoundMask | None]) -> bool:

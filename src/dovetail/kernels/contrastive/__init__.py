@@ -15,6 +15,7 @@ from dovetail.kernels.chunks import autocasts, without_autocast
 from dovetail.kernels.contrastive import plain, reference
 from dovetail.kernels.contrastive.plan import plan
 from dovetail.kernels.contrastive.walk import walk
+from dovetail.kernels.operation import operation
 
 Form = Literal["softmax", "rows", "sigmoid"]
 FORMS = get_args(Form)
@@ -89,7 +90,7 @@ def _number(x: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tens
     return x.to(device, dtype).reshape(())
 
 
-@torch.library.custom_op("dovetail::contrastive", mutates_args=())
+@operation("contrastive")
 def _run(
     a: Tensor,
     b: Tensor,

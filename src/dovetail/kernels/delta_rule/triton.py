@@ -11,10 +11,11 @@ keeps the inverses (64 numbers a token and head), walks the states again, and th
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from dovetail.kernels.chunks import ceil_div, padded
 from dovetail.kernels.delta_rule import tiles, tiles_back
+from dovetail.kernels.operation import operation
 
 CHUNK = 64  # tokens
 FILL = 100  # programs that a walk should have: about one a multiprocessor
@@ -39,27 +40,22 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
-def _padded(width: int, most: int = 256) -> int:
-    """A tile's width: a power of two, 16 at least, as products want."""
-    return min(most, max(16, triton.next_power_of_2(width)))
-
-
 def _walk(sequences: int, D: int, Dv: int, size: int) -> tuple[int, dict[str, int]]:
     """(columns of values of one walking program, how it is launched): narrower where rows are few or keys wide."""
-    columns = _padded(Dv, 64 if D <= 128 else 32)
-    while columns > 16 and sequences * triton.cdiv(Dv, columns) < FILL:
+    columns = padded(Dv, 64 if D <= 128 else 32)
+    while columns > 16 and sequences * ceil_div(Dv, columns) < FILL:
         columns //= 2
-    stages = SHARED // ((3 * _padded(D) + 2 * columns) * CHUNK * size)
+    stages = SHARED // ((3 * padded(D) + 2 * columns) * CHUNK * size)
     return columns, {"num_stages": max(1, min(3, stages)), "num_warps": 8 if columns > 32 else 4}
 
 
-@torch.library.custom_op("dovetail::delta_rule", mutates_args=())
+@operation("delta_rule")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, start: Tensor, documents: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, S_T, and for the backward the inverses (B·H,N,L,L), γ and left (B·H,N,L) and whole (B·H,N) of N chunks."""
-    (B, H, T, D), Dv, N, L = q.shape, v.shape[3], triton.cdiv(q.shape[2], CHUNK), CHUNK
+    (B, H, T, D), Dv, N, L = q.shape, v.shape[3], ceil_div(q.shape[2], CHUNK), CHUNK
     q, k, v = _rows(q), _rows(k), _rows(v)
     beta, start = beta.contiguous(), start.contiguous()
     decay, documents = (None if t is None else t.contiguous() for t in (decay, documents))
@@ -67,7 +63,7 @@ def _forward(
     a = torch.empty(B * H, N, L, L, dtype=torch.float32, device=q.device)
     since, left, whole = a.new_empty(B * H, N, L), a.new_empty(B * H, N, L), a.new_empty(B * H, N)
     inverse, o = torch.empty_like(a, dtype=q.dtype), torch.empty_like(v)
-    W, V = _padded(D), _padded(Dv, 128 if D <= 128 else 64)
+    W, V = padded(D), padded(Dv, 128 if D <= 128 else 64)
     with torch.cuda.device_of(q):
         tiles.system[(N, B * H)](
             k, beta, decay, documents, a, since, left, whole, *k.stride()[:3], H, T, D, *flags, L, W  # type: ignore[arg-type]
@@ -75,7 +71,7 @@ def _forward(
         tiles.invert[(B * H * N,)](a, inverse, L)  # type: ignore[arg-type]
         del a
         _, states, errors, end = _states(k, v, beta, inverse, since, left, whole, start)
-        tiles.outputs[(triton.cdiv(Dv, V), N, B * H)](
+        tiles.outputs[(ceil_div(Dv, V), N, B * H)](
             q, k, decay, documents, since, states, errors, o, *q.stride()[:3], *k.stride()[:3], *o.stride()[:3],
             scale, H, T, D, Dv, *flags, L, W, V, num_stages=1,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -89,11 +85,11 @@ def _states(
     (B, H, T, D), Dv, N, L = k.shape, v.shape[3], inverse.shape[1], CHUNK
     w, u = k.new_empty(B * H, N, L, D), k.new_empty(B * H, N, L, Dv)
     states, errors, end = k.new_empty(B * H, N, D, Dv), k.new_empty(B * H, N, L, Dv), torch.empty_like(start)
-    W, (V, launch) = _padded(D), _walk(B * H, D, Dv, k.element_size())
+    W, (V, launch) = padded(D), _walk(B * H, D, Dv, k.element_size())
     tiles.prepare[(N, B * H)](
-        k, v, beta, inverse, since, w, u, *k.stride()[:3], *v.stride()[:3], H, T, D, Dv, L, W, _padded(Dv, 64), num_stages=1  # type: ignore[arg-type]
+        k, v, beta, inverse, since, w, u, *k.stride()[:3], *v.stride()[:3], H, T, D, Dv, L, W, padded(Dv, 64), num_stages=1  # type: ignore[arg-type]
     )  # fmt: skip
-    tiles.walk[(triton.cdiv(Dv, V), B * H)](
+    tiles.walk[(ceil_div(Dv, V), B * H)](
         k, w, u, start, left, whole, states, errors, end, *k.stride()[:3], H, T, D, Dv, N, L, W, V, **launch  # type: ignore[arg-type]
     )  # fmt: skip
     return w, states, errors, end
@@ -107,7 +103,7 @@ def _(q, k, v, beta, decay, start, documents, scale):  # type: ignore[no-untyped
     return torch.empty_like(_rows(v)), wide(*start.shape), inverse, *rows, wide(sequences, N)
 
 
-@torch.library.custom_op("dovetail::delta_rule_backward", mutates_args=())
+@operation("delta_rule_backward")
 def _backward(
     do: Tensor, dend: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, start: Tensor,
     documents: Tensor | None, inverse: Tensor, since: Tensor, left: Tensor, whole: Tensor, scale: float,
@@ -119,9 +115,9 @@ def _backward(
     decay, documents = (None if t is None else t.contiguous() for t in (decay, documents))
     dend = torch.zeros_like(start) if dend is None else dend.float().contiguous()
     flags, sizes = (decay is not None, documents is not None), (scale, H, T, D, Dv)
-    W, V, (columns, launch) = _padded(D), _padded(Dv, 64), _walk(B * H, D, Dv, k.element_size())
-    block = _padded(D, 64)
-    blocks = triton.cdiv(D, block)
+    W, V, (columns, launch) = padded(D), padded(Dv, 64), _walk(B * H, D, Dv, k.element_size())
+    block = padded(D, 64)
+    blocks = ceil_div(D, block)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))  # dense, and so of the same strides
     dbeta, dlog = (since.new_empty(blocks + 1, B * H, N, L) for _ in range(2))  # the last share is that of the scores
     qs, ks, vs, os = (t.stride()[:3] for t in (q, k, v, do))
@@ -136,7 +132,7 @@ def _backward(
         tiles_back.local[(N, B * H)](
             q, k, do, decay, documents, de, *qs, *ks, *os, *sizes, *flags, L, W, V, num_stages=1  # type: ignore[arg-type]
         )  # fmt: skip
-        tiles_back.walk_back[(triton.cdiv(Dv, columns), B * H)](
+        tiles_back.walk_back[(ceil_div(Dv, columns), B * H)](
             q, k, w, do, since, left, whole, dend, de, dstates, dstart, *qs, *ks, *os, *sizes, N, L, W, columns,
             **launch,  # type: ignore[arg-type]
         )  # fmt: skip

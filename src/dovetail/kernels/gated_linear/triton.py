@@ -16,11 +16,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail.kernels.chunks import ceil_div, padded
 from dovetail.kernels.gated_linear import triton_kernels
+from dovetail.kernels.operation import operation
 
 FILL = 512  # programs that a walk should have
 LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower values in bf16 crash (Triton 3.6, sm_90)
@@ -68,7 +69,7 @@ def gated_linear(
     return _run(q, k, v, log_decay, None if start is None else start.float().contiguous(), reset, scale)
 
 
-@torch.library.custom_op("dovetail::gated_linear", mutates_args=())
+@operation("gated_linear")
 def _run(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, start: Tensor | None, reset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def _run(
     return out, end
 
 
-@torch.library.custom_op("dovetail::gated_linear_backward", mutates_args=())
+@operation("gated_linear_backward")
 def _run_backward(
     q: Tensor,
     k: Tensor,
@@ -157,7 +158,7 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, reset: Tensor | None) -> _Call:
         (B, H, T, D), half = q.shape, q.dtype == torch.bfloat16
-        blocks = BLOCKS[max(64, triton.next_power_of_2(D)), half]
+        blocks = BLOCKS[max(64, padded(D)), half]
         meta = {
             "D": D,
             "DV": v.shape[3],
@@ -173,11 +174,11 @@ class _Call(NamedTuple):
         self, x: Tensor, y: Tensor, g: Tensor, begin: Tensor | None, scale: float, *, back: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of xᵀ y that fade by g: what each chunk meets (B,H,N,D,Dv), after the last (B,H,D,Dv), and G (B·H,N,D)."""
-        launch, N, heads = self.blocks.walk, triton.cdiv(self.T, self.blocks.chunk), self.B * self.H
+        launch, N, heads = self.blocks.walk, ceil_div(self.T, self.blocks.chunk), self.B * self.H
         keys, values = self._columns(self.D, launch.keys), self._columns(self.Dv, launch.values)
-        tiles = triton.cdiv(self.D, keys) * triton.cdiv(self.Dv, values)
-        per = triton.cdiv(N, max(1, min(FILL // (tiles * heads), N // LEAST)))  # chunks of a segment
-        segments = triton.cdiv(N, per)
+        tiles = ceil_div(self.D, keys) * ceil_div(self.Dv, values)
+        per = ceil_div(N, max(1, min(FILL // (tiles * heads), N // LEAST)))  # chunks of a segment
+        segments = ceil_div(N, per)
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         states = x.new_empty(self.B, self.H, N, self.D, self.Dv, dtype=dtype)
         end = _matrix(x, y)
@@ -208,9 +209,9 @@ class _Call(NamedTuple):
 
     def _chunks(self, kernel: Any, launch: Launch, tokens: list[Tensor], others: list[Tensor], scale: float) -> None:
         """A program for every chunk and `launch.keys` columns of keys, or all of them."""
-        keys, N = self._columns(self.D, launch.keys or 256), triton.cdiv(self.T, self.blocks.chunk)
+        keys, N = self._columns(self.D, launch.keys or 256), ceil_div(self.T, self.blocks.chunk)
         for apart in STEEP:
-            kernel[(self.B * self.H * triton.cdiv(self.D, keys), N)](
+            kernel[(self.B * self.H * ceil_div(self.D, keys), N)](
                 *tokens, self.reset, *others, *map(_strides, tokens), self.T, self.H, N, scale,
                 BK=keys, BV=self._columns(self.Dv, launch.values), APART=apart,
                 **self.meta, num_warps=launch.warps, num_stages=launch.stages,
@@ -218,7 +219,7 @@ class _Call(NamedTuple):
 
     def _columns(self, width: int, most: int) -> int:
         """Of a tile: a power of two, and no less than `LEAST_COLUMNS`."""
-        return min(max(LEAST_COLUMNS[not self.meta["EXACT"]], triton.next_power_of_2(width)), most)
+        return min(max(LEAST_COLUMNS[not self.meta["EXACT"]], padded(width)), most)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

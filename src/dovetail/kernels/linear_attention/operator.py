@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dovetail.kernels.linear_attention.chunked import Rows
 from dovetail.kernels.linear_attention.spans import Sizes, like, sizes
+from dovetail.kernels.operation import operation
 
 
 def causal(
@@ -42,7 +43,7 @@ def causal(
     return out.to(narrow), end
 
 
-@torch.library.custom_op("dovetail::causal_linear_attention", mutates_args=())
+@operation("causal_linear_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -59,7 +60,7 @@ def _forward(
     return triton.forward(_dense(q), _dense(k), _dense(v), gates, start, least, _sizes(q, v))
 
 
-@torch.library.custom_op("dovetail::causal_linear_attention_backward", mutates_args=())
+@operation("causal_linear_attention_backward")
 def _backward(
     q: Tensor,
     k: Tensor,

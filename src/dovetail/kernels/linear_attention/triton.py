@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from dovetail.kernels.chunks import roomy
+from dovetail.kernels.chunks import ceil_div, padded, roomy
 from dovetail.kernels.linear_attention import triton_kernels as kernels
 from dovetail.kernels.linear_attention.spans import Sizes, like
 
@@ -95,7 +94,7 @@ def entered(
             heads, groups, T, N, sizes.span, COLUMN=column, FAN=heads // groups, **common,
         )  # fmt: skip
         size = D * (E + column)
-        kernels.chain[(triton.cdiv(size, 512), B * groups)](
+        kernels.chain[(ceil_div(size, 512), B * groups)](
             states, passed, size, N, BEGINS=start is not None, GATED=common["DECAY"] or common["DOCUMENTS"], TILE=512,
             num_warps=2,
         )  # fmt: skip
@@ -128,7 +127,7 @@ def _undivided(d_out: Tensor, out: Tensor, total: Tensor, least: float) -> tuple
     B, H, T, E = out.shape
     above, below = like(out, H, E), torch.empty_like(total)
     with torch.cuda.device_of(out):
-        kernels.undivide[(triton.cdiv(T, 32), B * H)](
+        kernels.undivide[(ceil_div(T, 32), B * H)](
             d_out, out, total, above, below, *d_out.stride()[:3], *out.stride()[:3], *above.stride()[:3], H, T, least,
             WIDTH=E, WIDE=padded(E), TILE=32,
         )  # fmt: skip
@@ -144,11 +143,7 @@ def _common(b: Tensor, c: Tensor, gates: Gates, sizes: Sizes, reverse: bool) -> 
         "REVERSE": reverse, "DECAY": gates.decay is not None, "DOCUMENTS": gates.queries is not None,
         "EVEN": b.shape[2] % sizes.tile == 0, "PRECISION": PRECISION,
         "num_warps": sizes.warps, "num_stages": sizes.stages if roomy(b.device) else 1,
-    }, triton.cdiv(E, columns)  # fmt: skip
-
-
-def padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    }, ceil_div(E, columns)  # fmt: skip
 
 
 def _gate_arguments(gates: Gates) -> tuple[Tensor | int | None, ...]:

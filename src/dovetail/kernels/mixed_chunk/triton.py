@@ -19,14 +19,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from dovetail.kernels.chunks import roomy
+from dovetail.kernels.chunks import ceil_div, roomy
 from dovetail.kernels.linear_attention import triton as linear
 from dovetail.kernels.linear_attention.chunked import Rows
 from dovetail.kernels.linear_attention.spans import sizes
 from dovetail.kernels.mixed_chunk import triton_kernels as kernels
+from dovetail.kernels.operation import operation
 
 PRECISION = "ieee"  # of products of fp32 factors
 
@@ -93,7 +93,7 @@ def _places(B: int, T: int, chunk: int, order: Tensor, segments: Tensor | None) 
     return Places(begin.where(real, T).to(torch.int32), document, document.where(real, -1))
 
 
-@torch.library.custom_op("dovetail::mixed_chunk", mutates_args=())
+@operation("mixed_chunk")
 def _run(
     quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, v: Tensor,
     begin: Tensor | None, queries: Tensor | None, keys: Tensor | None, chunk: int, causal: bool, scale: float,
@@ -104,7 +104,7 @@ def _run(
     return out
 
 
-@torch.library.custom_op("dovetail::mixed_chunk_backward", mutates_args=())
+@operation("mixed_chunk_backward")
 def _run_backward(
     quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, v: Tensor,
     begin: Tensor | None, queries: Tensor | None, keys: Tensor | None, chunk: int, causal: bool, scale: float, up: Tensor,
@@ -185,7 +185,7 @@ class _Call:
         tiles, common = self._common("reads", a)
         columns = min(tiles.columns, linear.padded(self.E))
         with torch.cuda.device_of(a):
-            kernels.reads[(self.B * self.N * triton.cdiv(self.span, tiles.rows) * triton.cdiv(self.E, columns),)](
+            kernels.reads[(self.B * self.N * ceil_div(self.span, tiles.rows) * ceil_div(self.E, columns),)](
                 a, b, c, la, lb, states, out, *self.places, self.edges[reverse],
                 *_strides(a, b, c, la, lb, out), *self._sizes(), COLUMNS=columns, DEPTH=min(DEPTH, common["WIDE"]),
                 REVERSE=reverse, **common,
@@ -199,7 +199,7 @@ class _Call:
         tiles, common = self._common("slopes", a)
         columns = min(tiles.columns, linear.padded(self.E))
         with torch.cuda.device_of(a):
-            kernels.slopes[(self.B * self.N * triton.cdiv(self.span, tiles.rows),)](
+            kernels.slopes[(self.B * self.N * ceil_div(self.span, tiles.rows),)](
                 a, b, lb, up, c, states, da, dla, *self.places, self.edges[reverse],
                 *_strides(a, b, lb, up, c, da, dla), *self._sizes(), COLUMNS=columns, REVERSE=reverse, **common,
             )  # fmt: skip

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail.kernels.chunks import ceil_div, padded
+from dovetail.kernels.operation import operation
 from dovetail.kernels.quantise.rows import Rows
 
 
@@ -49,7 +51,7 @@ def linear(x: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-@torch.library.custom_op("dovetail::coded_linear", mutates_args=())
+@operation("coded_linear")
 def _run(
     x: Tensor,
     codes: Tensor,
@@ -77,9 +79,9 @@ def _vector(x: Tensor, rows: Rows, bias: Tensor | None, out: Tensor) -> None:
     (_, width), count = x.shape, len(rows.codes)
     group = _group(rows, width)
     tiles = VECTOR[_kind(rows)]
-    step = min(tiles.bytes * (1 + rows.packed), max(triton.next_power_of_2(width), 16))
+    step = min(tiles.bytes * (1 + rows.packed), padded(width))
     codes = rows.codes.view(torch.int32) if rows.packed else rows.codes
-    _vector_kernel[(triton.cdiv(count, tiles.rows),)](
+    _vector_kernel[(ceil_div(count, tiles.rows),)](
         x, codes, rows.scale, rows.zero, rows.levels, bias, out, count, width, codes.shape[1], rows.scale.shape[1],
         rows.factor, _ONE, group, step, min(group, step), tiles.rows, rows.packed, tiles.stages, num_warps=tiles.warps,
     )  # type: ignore[arg-type]  # fmt: skip
@@ -89,18 +91,18 @@ def _product(x: Tensor, rows: Rows, bias: Tensor | None, out: Tensor) -> None:
     (vectors, width), count = x.shape, len(rows.codes)
     tiles, group = WIDE if x.dtype == torch.float32 else PRODUCT[_kind(rows)], _group(rows, width)
     step = min(group, tiles.bytes * (1 + rows.packed))
-    programs = triton.cdiv(count, tiles.rows)
+    programs = ceil_div(count, tiles.rows)
     shares = max(min(FILL // programs, width // (LEAST_STEPS * step)), 1)
-    share = triton.cdiv(triton.cdiv(width, step), shares) * step
-    shares = triton.cdiv(width, share)
+    share = ceil_div(ceil_div(width, step), shares) * step
+    shares = ceil_div(width, share)
     sums = out if shares == 1 else torch.empty(shares, vectors, count, dtype=torch.float32, device=x.device)
     _product_kernel[(programs, shares)](
         x, rows.codes, rows.scale, rows.zero, rows.levels, bias, sums, vectors, count, width, share, x.stride(0),
-        rows.codes.shape[1], rows.scale.shape[1], rows.factor, group, max(16, triton.next_power_of_2(vectors)), tiles.rows,
+        rows.codes.shape[1], rows.scale.shape[1], rows.factor, group, padded(vectors), tiles.rows,
         step, rows.packed, shares == 1, tiles.stages, num_warps=tiles.warps,
     )  # type: ignore[arg-type]  # fmt: skip
     if shares > 1:
-        _sum_kernel[(triton.cdiv(vectors * count, 512),)](sums, bias, out, vectors * count, count, shares, 512)
+        _sum_kernel[(ceil_div(vectors * count, 512),)](sums, bias, out, vectors * count, count, shares, 512)
 
 
 def _kind(rows: Rows) -> str:
@@ -109,7 +111,7 @@ def _kind(rows: Rows) -> str:
 
 def _group(rows: Rows, width: int) -> int:
     """Weights of a group, a power of two: more than there are where a row is one group."""
-    return max(triton.next_power_of_2(width), 16) if rows.block == width else rows.block
+    return padded(width) if rows.block == width else rows.block
 
 
 @triton.jit

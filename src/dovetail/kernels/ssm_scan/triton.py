@@ -18,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from dovetail.kernels.chunks import ceil_div
+from dovetail.kernels.operation import operation
+
 CHUNK = 64  # tokens from one kept state to the next
 STEP = 4  # tokens whose inputs are read ahead, and whose states a backward holds in registers
 WARPS = 2  # 512 entries of a state: 8 a thread
@@ -38,15 +41,15 @@ def selective_scan(
 
 def _tile(N: int) -> tuple[int, int]:
     """(channels of a program, entries of a channel in it: N and what fills it up)."""
-    entries = max(4, triton.next_power_of_2(N))
+    entries = max(4, 1 << (N - 1).bit_length())
     return min(32, max(8, 512 // entries)), entries
 
 
 def _segments(rows: int, T: int, blocks: int) -> tuple[int, int]:
     """(how many segments a row is cut into, tokens of one: a multiple of CHUNK) for `blocks` of channels."""
-    wanted = triton.cdiv(FILL, rows * blocks)
-    length = triton.cdiv(triton.cdiv(T, min(wanted, triton.cdiv(T, 4 * CHUNK))), CHUNK) * CHUNK
-    return triton.cdiv(T, length), length
+    wanted = ceil_div(FILL, rows * blocks)
+    length = ceil_div(ceil_div(T, min(wanted, ceil_div(T, 4 * CHUNK))), CHUNK) * CHUNK
+    return ceil_div(T, length), length
 
 
 def _cuts(first: Tensor | None, segments: int, length: int) -> Tensor | None:
@@ -56,7 +59,7 @@ def _cuts(first: Tensor | None, segments: int, length: int) -> Tensor | None:
     return F.pad(first, (0, segments * length - first.shape[1])).unflatten(1, (segments, length)).any(-1)
 
 
-@torch.library.custom_op("dovetail::selective_scan", mutates_args=())
+@operation("selective_scan")
 def _scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, first: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +68,8 @@ def _scan(
     x, dt, a, b, c = (t.contiguous() for t in (x, dt, a.float(), b, c))
     start, first = start.float().contiguous(), None if first is None else first.contiguous()
     y, end = torch.empty_like(x, dtype=torch.float32), torch.empty_like(start)
-    kept = start.new_empty(B, triton.cdiv(T, CHUNK) if keep else 0, D, N)
-    tile, blocks = _tile(N), triton.cdiv(D, _tile(N)[0])
+    kept = start.new_empty(B, ceil_div(T, CHUNK) if keep else 0, D, N)
+    tile, blocks = _tile(N), ceil_div(D, _tile(N)[0])
     segments, length = _segments(B, T, blocks)
     sizes = (T, D, N, length, first is not None, *tile, STEP)
     with torch.cuda.device_of(x):
@@ -94,7 +97,7 @@ def _carried(
     (B, T, D), N = x.shape, a.shape[1]
     added, total = start.new_empty(B, segments, D, N), start.new_empty(B, segments, D)
     arrives, cuts = torch.empty_like(added), _cuts(first, segments, length)
-    tile, packed, blocks = _tile(N), first is not None, triton.cdiv(D, _tile(N)[0])
+    tile, packed, blocks = _tile(N), first is not None, ceil_div(D, _tile(N)[0])
     _alone[(blocks, segments, B)](
         x, dt, a, b, first, added, total, T, D, N, length, packed, *tile, STEP, reverse, num_warps=WARPS  # type: ignore[arg-type]
     )  # fmt: skip
@@ -102,7 +105,7 @@ def _carried(
     return arrives
 
 
-@torch.library.custom_op("dovetail::selective_scan_backward", mutates_args=())
+@operation("selective_scan_backward")
 def _backward_of(
     dy: Tensor, dend: Tensor | None, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, first: Tensor | None,
     kept: Tensor,
@@ -112,7 +115,7 @@ def _backward_of(
     dy, x, dt, a, b, c = (t.contiguous() for t in (dy.float(), x, dt, a.float(), b, c))
     first = None if first is None else first.contiguous()
     dend = torch.zeros_like(kept[:, 0]) if dend is None else dend.float().contiguous()
-    tile, blocks = _tile(N), triton.cdiv(D, _tile(N)[0])
+    tile, blocks = _tile(N), ceil_div(D, _tile(N)[0])
     segments, length = _segments(B, T, blocks)
     dx, ddt, dstart = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dend)
     db, dc = (x.new_empty(B, blocks, T, N, dtype=torch.float32) for _ in range(2))  # a part for each block of channels

@@ -16,8 +16,9 @@ from dovetail.kernels.attention.score import Score
 from dovetail.kernels.attention.triton import few_queries, operator, two_forms
 from dovetail.kernels.attention.triton.sizes import WIDEST
 
-# What these kernels get on CUDA, of what `kind` names, "decode" and "regions": what was measured to win.
-OWN: tuple[str, ...] = ()
+# What these kernels get on CUDA, of what `kind` names, "decode" and "regions": what won where it was measured, or holds
+# O(T) numbers at the speed of what holds O(T²).
+OWN: tuple[str, ...] = ("table", "window", "dilated", "regions")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, score: Score | None, scale: float) -> Tensor:

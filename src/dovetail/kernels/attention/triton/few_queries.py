@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels.attention.coords import BoundMask, Span
+from dovetail.kernels.operation import operation
 
 QUERIES = 16  # at most: a step of decoding, or the tokens that a draft has guessed
 WIDEST = 576  # of a head's queries, keys and values: a latent of 512 and its turned part
@@ -37,7 +38,7 @@ def attend(
     return _attend(q, k, v, *sides, mask.memo["shown"], *span[:3], scale, cap)
 
 
-@torch.library.custom_op("dovetail::split_keys", mutates_args=())
+@operation("split_keys")
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, q_order: Tensor | None, k_order: Tensor | None, q_segments: Tensor | None,
     k_segments: Tensor | None, shown: Tensor | None, before: int | None, after: int | None, sinks: int, scale: float,
@@ -51,7 +52,7 @@ def _attend(
     return split_keys.forward(q, k, v, sides, shown, Span(before, after, sinks), scale, cap)
 
 
-@torch.library.custom_op("dovetail::split_keys_shown", mutates_args=())
+@operation("split_keys_shown")
 def _shown(
     q_order: Tensor, k_order: Tensor, q_segments: Tensor | None, k_segments: Tensor | None, before: int | None,
     after: int | None, sinks: int,

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 from triton import knobs
@@ -20,7 +19,7 @@ from dovetail.kernels.attention.triton import diagonals as sides
 from dovetail.kernels.attention.triton import forward as ahead
 from dovetail.kernels.attention.triton import sizes, tiles
 from dovetail.kernels.attention.triton.shapes import like
-from dovetail.kernels.chunks import roomy
+from dovetail.kernels.chunks import ceil_div, padded, roomy
 
 PRECISION = "tf32x3"  # of products of fp32 factors: on tensor cores, about as exact as in fp32 units ("ieee")
 PAD = 384  # entries of which a table is constant before and behind: at least the rows and columns of a tile together
@@ -47,13 +46,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B,H,T,E) in q's type and lse (B,H,T) in fp32. table (H,2·reach+1). places: None where a row is one segment."""
     (B, H, T, _), E = q.shape, v.shape[3]
+    q, k, v = dense(q), dense(k), dense(v)
     out, lse = like(q, H, E), q.new_empty(B, H, T, dtype=torch.float32)
     asked = _Asked(q, k, v, table, places, span, second)
     cut = asked.tiles("attend")
     with torch.cuda.device_of(q):
-        ahead.attend[(triton.cdiv(T, cut.rows) * B * H,)](
-            asked.rows(q, cut), asked.columns(k, cut), asked.columns(v, cut), asked.written(out, cut), lse, asked.table,
-            *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.second(cut),
+        ahead.attend[(ceil_div(T, cut.rows) * B * H,)](
+            described(q, cut.rows), described(k, cut.columns), described(v, cut.columns), described(out, cut.rows),
+            lse, asked.table, *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.second(cut),
             EVEN=k.shape[2] % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
     return out, lse
@@ -66,40 +66,40 @@ def backward(
     """Gradients of q, k, v and the table (in fp32; empty without one), and of the second q and k if there are any. out,
     lse: the forward's, or those of a softmax over more keys than k, of which this is the part (`regions.merge`)."""
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
+    q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
     asked = _Asked(q, k, v, table, places, span, second)
     d_q, d_k, d_v = like(q, H, D), like(k, G, D), like(v, G, E)
     d_second = () if second is None else (like(q, H, D), like(k, G, D))
     d_q2, d_k2 = d_second or (None, None)
-    length = triton.cdiv(T, LENGTHS) * LENGTHS
+    length = ceil_div(T, LENGTHS) * LENGTHS
     level, delta = (q.new_empty(B, H, length, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(q):
-        block = sizes.Tiles(64, 64, 4, 1)
         back.deltas[(length // 64 * B * H,)](
-            asked.rows(out, block), asked.rows(d_out, block), lse.contiguous(),
+            described(out, 64), described(d_out, 64), lse.contiguous(),
             None if d_lse is None else d_lse.contiguous(), level, delta, H, T, length,
             E=asked.E, ROWS=64, LEVELS=d_lse is not None, num_warps=4,
         )  # fmt: skip
         cut = asked.tiles("keys")
-        back.keys[(triton.cdiv(S, cut.rows) * B * G,)](
-            asked.columns(q, cut), asked.rows(k, cut), asked.rows(v, cut), asked.columns(d_out, cut),
-            asked.written(d_k, cut), asked.written(d_v, cut), level, delta, asked.table, *asked.placed(cut, turned=True),
-            H, T, S, length, scale * LOG2E, scale, *asked.bounds, asked.written(d_k2, cut),
+        back.keys[(ceil_div(S, cut.rows) * B * G,)](
+            described(q, cut.columns), described(k, cut.rows), described(v, cut.rows), described(d_out, cut.columns),
+            described(d_k, cut.rows), described(d_v, cut.rows), level, delta, asked.table, *asked.placed(cut, turned=True),
+            H, T, S, length, scale * LOG2E, scale, *asked.bounds, None if d_k2 is None else described(d_k2, cut.rows),
             *asked.second(cut, turned=True), **asked.common(cut),
         )  # fmt: skip
         cut = asked.tiles("queries")
-        blocks = triton.cdiv(T, cut.rows)
-        ends = q.new_empty((2, B * H, blocks) if asked.far else (0,), dtype=torch.float32)
+        blocks = ceil_div(T, cut.rows)
+        ends = q.new_empty(2, B * H, blocks, dtype=torch.float32) if asked.far else None
         back.queries[(blocks * B * H,)](
-            asked.rows(q, cut), asked.columns(k, cut), asked.columns(v, cut), asked.rows(d_out, cut),
-            asked.written(d_q, cut), level, delta, asked.table, ends, *asked.placed(cut),
+            described(q, cut.rows), described(k, cut.columns), described(v, cut.columns), described(d_out, cut.rows),
+            described(d_q, cut.rows), level, delta, asked.table, ends, *asked.placed(cut),
             H, T, S, length, scale * LOG2E, scale, *asked.bounds,
-            asked.written(d_q2, cut), *asked.second(cut),
+            None if d_q2 is None else described(d_q2, cut.rows), *asked.second(cut),
             EVEN=S % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
         if table is None:
             return d_q, d_k, d_v, q.new_empty(0, dtype=torch.float32), *d_second
         d_table = _diagonals(asked, q, k, v, d_out, level, delta, scale)
-    if asked.far:
+    if ends is not None:
         left, right = ends.view(2, B, H, -1).sum((1, 3))
         d_table[:, 0], d_table[:, -1] = left, right
     return d_q, d_k, d_v, d_table
@@ -124,11 +124,11 @@ def _diagonals(
     lowest, highest = least // tile, (most + tile - 1) // tile
     if most < least:
         return d_table
-    count, blocks = highest - lowest + 1, triton.cdiv(T, tile)
-    parts = max(1, min(triton.cdiv(blocks, 8), PROGRAMS // (B * H * count)))
+    count, blocks = highest - lowest + 1, ceil_div(T, tile)
+    parts = max(1, min(ceil_div(blocks, 8), PROGRAMS // (B * H * count)))
     sums = q.new_empty(parts, B * H, count, 2, tile, dtype=torch.float32)
-    tensors = (*(asked.rows(x, cut) for x in (q, k, v, d_out)), level, delta, asked.table, sums)
-    walk = (level.shape[2], scale * LOG2E, *asked.bounds, lowest, count, blocks, triton.cdiv(blocks, parts))
+    tensors = (*(described(x, cut.rows) for x in (q, k, v, d_out)), level, delta, asked.table, sums)
+    walk = (level.shape[2], scale * LOG2E, *asked.bounds, lowest, count, blocks, ceil_div(blocks, parts))
     common = {n: x for n, x in asked.common(cut).items() if n not in _WALKED}
     if asked.places is None:
         sides.diagonals[(count * B * H, parts)](*tensors, H, S, *walk, TILE=tile, EVEN=S % tile == 0, **common)
@@ -155,9 +155,9 @@ class _Asked:
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span,
         second: Second | None = None,
     ):  # fmt: skip
-        self.other = second
+        self.other = None if second is None else Second(dense(second.q), dense(second.k), second.span)
         self.places, self.span, self.fan, self.dtype = places, span, q.shape[1] // k.shape[1], q.dtype
-        self.D, self.E = _padded(q.shape[3]), _padded(v.shape[3])
+        self.D, self.E = padded(q.shape[3]), padded(v.shape[3])
         self.reach = 0 if table is None else table.shape[1] // 2
         self.far = table is not None and sizes.ENDS and self.reach < max(q.shape[2], k.shape[2]) - 1
         self.table = None
@@ -166,7 +166,6 @@ class _Asked:
             self.table = F.pad(line, (PAD, PAD), mode="replicate")[0].contiguous()
         self.bounds = (span.before or 0, span.after or 0, span.sinks, self.reach)
         self.roomy = roomy(q.device)
-        self._dense: dict[int, Tensor] = {}
 
     def tiles(self, kernel: str) -> sizes.Tiles:
         """Those of `sizes`, for this call."""
@@ -180,26 +179,6 @@ class _Asked:
         cut = sizes.tiles(named, max(self.D, self.E), self.dtype, self.roomy)
         assert cut.rows + cut.columns <= PAD and LENGTHS % cut.rows == LENGTHS % cut.columns == 0
         return cut
-
-    def rows(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
-        return self._described(x, cut.rows)
-
-    def columns(self, x: Tensor, cut: sizes.Tiles) -> TensorDescriptor:
-        return self._described(x, cut.columns)
-
-    def written(self, x: Tensor | None, cut: sizes.Tiles) -> TensorDescriptor | None:
-        if x is None:
-            return None
-        assert _dense(x) is x, "a copy would be written"
-        return self._described(x, cut.rows)
-
-    def _described(self, x: Tensor, rows: int) -> TensorDescriptor:
-        """x (B,heads,T,width) as the copy engine reads it, `rows` of one head at a time."""
-        if id(x) not in self._dense:
-            self._dense[id(x)] = _dense(x)
-        x = self._dense[id(x)]
-        strides = [s if n > 1 else x.shape[3] for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _padded(x.shape[3])])
 
     def stepped(self) -> tuple[Tensor, Tensor, int, int]:
         """Places of queries and keys, and what leads from one row of them to the next."""
@@ -221,14 +200,14 @@ class _Asked:
         if self.other is None:
             return None, None, None, 0, 0, 0
         q, k, span = self.other
-        described = (self.columns(q, cut), self.rows(k, cut)) if turned else (self.rows(q, cut), self.columns(k, cut))
+        rows, columns = (cut.columns, cut.rows) if turned else (cut.rows, cut.columns)
         found = None if self.places is None else self._cuts(cut, span, turned)
-        return *described, found, span.before or 0, span.after or 0, span.sinks
+        return described(q, rows), described(k, columns), found, span.before or 0, span.after or 0, span.sinks
 
     def _cuts(self, cut: sizes.Tiles, span: Span, turned: bool) -> Tensor:
         q, k, q_step, k_step = self.stepped()
         own, other = ((k, k_step), (q, q_step)) if turned else ((q, q_step), (k, k_step))
-        rows, blocks = q.shape[0], triton.cdiv(own[0].shape[2], cut.rows)
+        rows, blocks = q.shape[0], ceil_div(own[0].shape[2], cut.rows)
         found = q.new_empty(rows, blocks, 5)
         tiles.cuts[(blocks, rows)](
             own[0], other[0], found, own[0].shape[2], other[0].shape[2], own[1], other[1],
@@ -248,16 +227,28 @@ class _Asked:
         }  # fmt: skip
 
 
-def _dense(x: Tensor) -> Tensor:
+class _Description(TensorDescriptor):
+    """One whose tensor is from `dense` or `like`: of what the constructor would ask again nothing is left."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def described(x: Tensor, rows: int) -> TensorDescriptor:
+    """x (B,heads,T,width) as the copy engine reads it, `rows` of one head at a time."""
+    shape = list(x.shape)
+    strides = [step if n > 1 else shape[3] for n, step in zip(shape, x.stride(), strict=True)]
+    return _Description(x, shape, strides, [1, 1, rows, padded(shape[3])])
+
+
+def dense(x: Tensor) -> Tensor:
     """x itself where the copy engine can read it: aligned to 16 bytes, and none of its strides zero."""
-    unit = 16 // x.element_size()
-    steps = [s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
-    fits = x.stride(3) == 1 and all(s > 0 and s % unit == 0 for s in steps) and x.data_ptr() % 16 == 0
+    unit, (*steps, last) = 16 // x.element_size(), x.stride()
+    assert x.numel() and x.shape[3] % unit == 0, "the copy engine moves whole 16 bytes"
+    fits = last == 1 and x.data_ptr() % 16 == 0
+    for n, step in zip(x.shape, steps, strict=False):
+        fits = fits and (n == 1 or (step > 0 and step % unit == 0))
     return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
 
 
 @cache

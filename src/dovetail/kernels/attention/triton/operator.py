@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dovetail.kernels.attention.coords import Span
 from dovetail.kernels.attention.triton.shapes import like
+from dovetail.kernels.operation import operation
 
 
 def attend(
@@ -31,7 +32,7 @@ def attend(
     E = v.shape[3]
     q, k, v = even(q), even(k), even(v)
     out, lse = _forward(q, k, v, table, *(places or (None, None)), *span[:3], scale)
-    return out[..., :E], lse
+    return cut(out, E), lse
 
 
 def backward(
@@ -49,7 +50,7 @@ def backward(
     given = [even(t) for t in (q, k, v)]
     known = (None, *(places or (None, None)), even(out), lse, *span[:3], scale)
     d_q, d_k, d_v, _ = _backward(even(d_out.to(q.dtype)), None, *given, *known)
-    return d_q[..., : q.shape[3]], d_k[..., : k.shape[3]], d_v[..., : v.shape[3]]
+    return cut(d_q, q.shape[3]), cut(d_k, k.shape[3]), cut(d_v, v.shape[3])
 
 
 def even(x: Tensor) -> Tensor:
@@ -58,11 +59,16 @@ def even(x: Tensor) -> Tensor:
     return x if x.shape[3] % unit == 0 else torch.nn.functional.pad(x, (0, -x.shape[3] % unit))
 
 
+def cut(x: Tensor, width: int) -> Tensor:
+    """x without what `even` has added; itself where that is nothing."""
+    return x if x.shape[3] == width else x[..., :width]
+
+
 def _places(queries: Tensor | None, keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if queries is None or keys is None else (queries, keys)
 
 
-@torch.library.custom_op("dovetail::triton_attention", mutates_args=())
+@operation("triton_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -80,7 +86,7 @@ def _forward(
     return launch.forward(q, k, v, table, _places(q_places, k_places), Span(before, after, sinks), scale)
 
 
-@torch.library.custom_op("dovetail::triton_attention_backward", mutates_args=())
+@operation("triton_attention_backward")
 def _backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None,
     q_places: Tensor | None, k_places: Tensor | None, out: Tensor, lse: Tensor,

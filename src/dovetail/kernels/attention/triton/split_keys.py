@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dovetail.kernels.attention.coords import Span
 from dovetail.kernels.attention.triton.few_queries import BLOCK
-from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION, _padded
+from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION
 from dovetail.kernels.attention.triton.tiles import seen
-from dovetail.kernels.chunks import roomy
+from dovetail.kernels.chunks import ceil_div, padded, roomy
 
 BLOCKS = 128  # of those of `ranges` that are looked up at a time
 SPLITS = 128  # at most
@@ -221,11 +221,11 @@ def shown(sides: Sides, span: Span) -> Tensor:
     """(B|1,blocks,2) int32: for each BLOCK of keys the first that some query of the row sees, and one past the last."""
     (T, S), rows = (sides.q_order.shape[1], sides.k_order.shape[1]), _rows(sides)
     tensors, steps = sides.given()
-    found = sides.k_order.new_empty(rows, triton.cdiv(S, BLOCK), 2, dtype=torch.int32)
+    found = sides.k_order.new_empty(rows, ceil_div(S, BLOCK), 2, dtype=torch.int32)
     with torch.cuda.device_of(sides.k_order):
         ranges[(found.shape[1], rows)](
             found, *tensors, *steps, T, S, span.before or 0, span.after or 0, span.sinks,
-            QUERIES=triton.next_power_of_2(T), BLOCK=BLOCK, **_bounds(span, sides),
+            QUERIES=1 << (T - 1).bit_length(), BLOCK=BLOCK, **_bounds(span, sides),
         )  # fmt: skip
     return found
 
@@ -246,14 +246,14 @@ def forward(
     where every query sees every key. cap: scores are cap·tanh(scale·qk / cap).
     """
     (B, H, T, width), (G, S), values = q.shape, k.shape[1:3], v.shape[3]
-    (D, rest), E, fan = parts(width), _padded(values), H // G
+    (D, rest), E, fan = parts(width), padded(values), H // G
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     tile = (WIDE if q.dtype == torch.float32 else NARROW if roomy(q.device) else SMALL)[max(64, D, E)]
     alike = all(a == b or n == 1 for n, a, b in zip(k.shape, k.stride(), v.stride(), strict=True))
     shared = v.data_ptr() == k.data_ptr() and alike and values == E == D
-    rows = min(tile.rows, _padded(fan * T))
-    programs = B * G * triton.cdiv(fan * T, rows)
-    splits = divided(programs, triton.cdiv(S, tile.columns), tile.resident * _processors(q.device))
+    rows = min(tile.rows, padded(fan * T))
+    programs = B * G * ceil_div(fan * T, rows)
+    splits = divided(programs, ceil_div(S, tile.columns), tile.resident * _processors(q.device))
     out, lse = q.new_empty(B, T, H, values), q.new_empty(B, T, H, dtype=torch.float32)
     part, level = (out, lse) if splits == 1 else (lse.new_empty(splits, *out.shape), lse.new_empty(splits, *lse.shape))
     tensors, steps = ((None,) * 4, (0,) * 4) if sides is None else sides.given()
@@ -291,8 +291,8 @@ def divided(programs: int, tiles: int, slots: int) -> int:
 
 def parts(width: int) -> tuple[int, int]:
     """Two powers of two, or one and 0, that hold `width` numbers: 96 as 64 and 32, 576 as 512 and 64, 100 as 128."""
-    most = max(16, triton.next_power_of_2(width + 1) // 2)
-    rest = 0 if width <= most else _padded(width - most)
+    most = max(16, 1 << width.bit_length() - 1)
+    rest = 0 if width <= most else padded(width - most)
     return (most, rest) if rest < most else (2 * most, 0)
 
 

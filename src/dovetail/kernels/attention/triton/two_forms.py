@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from dovetail.kernels.attention.coords import Span
-from dovetail.kernels.attention.triton.operator import even
+from dovetail.kernels.attention.triton.operator import cut, even
 from dovetail.kernels.attention.triton.shapes import like
+from dovetail.kernels.operation import operation
 
 Places = tuple[Tensor, Tensor] | None
 
@@ -28,7 +28,7 @@ def attend(
     E = v.shape[3]
     q, k, q2, k2, v = (even(t) for t in (q, k, q2, k2, v))
     out, lse = _forward(q, k, q2, k2, v, *(places or (None, None)), *spans[0][:3], *spans[1][:3], scale)
-    return out[..., :E], lse
+    return cut(out, E), lse
 
 
 def backward(
@@ -39,11 +39,11 @@ def backward(
     D, E = q.shape[3], v.shape[3]
     given = [even(t) for t in (d_out.to(q.dtype), q, k, q2, k2, v, out)]
     *found, d_v = _backward(*given, lse, *(places or (None, None)), *spans[0][:3], *spans[1][:3], scale)
-    d_q, d_k, d_q2, d_k2 = (t[..., :D] for t in found)
-    return d_q, d_k, d_q2, d_k2, d_v[..., :E]
+    d_q, d_k, d_q2, d_k2 = (cut(t, D) for t in found)
+    return d_q, d_k, d_q2, d_k2, cut(d_v, E)
 
 
-@custom_op("dovetail::triton_attention_pair", mutates_args=())
+@operation("triton_attention_pair")
 def _forward(
     q: Tensor, k: Tensor, q2: Tensor, k2: Tensor, v: Tensor, q_places: Tensor | None, k_places: Tensor | None,
     before: int | None, after: int | None, sinks: int, before2: int | None, after2: int | None, sinks2: int, scale: float,
@@ -55,7 +55,7 @@ def _forward(
     return launch.forward(q, k, v, None, places, Span(before, after, sinks), scale, second)
 
 
-@custom_op("dovetail::triton_attention_pair_backward", mutates_args=())
+@operation("triton_attention_pair_backward")
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, q2: Tensor, k2: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_places: Tensor | None, k_places: Tensor | None, before: int | None, after: int | None, sinks: int,
