@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from contracts.skeleton import SINGLE, build, close, joined, keys, match, randomise
 from dovetail.errors import BuildError
+from dovetail.kernels import twins
 from dovetail.models.keymap import Rename, Rule
 from oracles import oracle_for
 
@@ -92,7 +94,7 @@ SCALED = {"kind": "rope", "layout": "interleaved", "scaling": {"kind": "dynamic"
     "mixer", [{}, {"mask": {"kind": "window", "size": 4}}, {"position": SCALED}], ids=["plain", "window", "raw cache"]
 )
 def test_absorbed_decoding_equals_the_expanded_forward(mixer: dict[str, Any]) -> None:
-    """One token at a time attends in the latent; the whole sequence, and chunks, expand it."""
+    """Few tokens attend in the latent; the whole sequence expands it."""
     ours = build("model", spec(**mixer), dim=0)
     tokens = torch.randint(VOCAB, (2, 13))
     with torch.no_grad():
@@ -100,6 +102,49 @@ def test_absorbed_decoding_equals_the_expanded_forward(mixer: dict[str, Any]) ->
         parts = [ours(tokens[:, :5], state=state).logits, ours(tokens[:, 5:8], state=state).logits]
         parts += [ours(tokens[:, i : i + 1], state=state).logits for i in range(8, 13)]
     close(torch.cat(parts, 1), whole, 1e-12, "decoding")
+
+
+@pytest.mark.parametrize("mixer", [{}, {"mask": {"kind": "window", "size": 4}}, {"position": SCALED}])
+def test_both_forms_agree_and_the_count_chooses(mixer: dict[str, Any], monkeypatch: Any) -> None:
+    """Chunks of every length by both forms, behind 5 tokens in uneven rows; the one with fewer multiplications is chosen."""
+    ours = build("model", spec(**mixer), dim=0)
+    module = type(ours.blocks[0].mixer)
+    tokens, real = torch.randint(VOCAB, (2, 16)), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    used: list[str] = []
+    for form in ("_absorbed", "_expanded"):
+        plain = getattr(module, form)
+        monkeypatch.setattr(module, form, lambda *given, f=form, plain=plain: used.append(f) or plain(*given))
+
+    def chunk(new: int, absorbed: bool | None = None) -> tuple[torch.Tensor, int, str]:
+        """(logits, multiplications, the form that all layers took)."""
+        state = ours.new_state(2, 16)
+        ours(tokens[:, :5], attention_mask=real, state=state)
+        used.clear()
+        with monkeypatch.context() as forced, twins.plain(), FlopCounterMode(display=False) as count:
+            if absorbed is not None:
+                forced.setattr(module, "_absorbs", lambda *_: absorbed)
+            out = ours(tokens[:, 5 : 5 + new], state=state).logits
+        (form,) = set(used)
+        return out, count.get_total_flops(), form
+
+    chosen = []
+    with torch.no_grad():
+        for new in range(1, 12):
+            one, other, free = chunk(new, True), chunk(new, False), chunk(new)
+            close(one[0], other[0], 1e-12, f"{new} tokens")
+            assert free[1] == min(one[1], other[1]) and one[2:] + other[2:] == ("_absorbed", "_expanded")
+            chosen.append(free[2])
+    switch = chosen.index("_expanded")
+    assert switch >= 3 and set(chosen[switch:]) == {"_expanded"}
+
+
+def test_the_count_at_published_widths() -> None:
+    """DeepSeek-V2's: absorbed up to 170 new tokens before many; a prefill is expanded."""
+    sizes = {"rank": 512, "nope_dim": 128, "rope_dim": 64, "value_dim": 128}
+    with torch.device("meta"):
+        mixer = build("model", spec(**sizes), dim=0).blocks[0].mixer
+    assert [n for n in range(1, 300) if mixer._fewer_operations(n, 10**6)] == list(range(1, 171))
+    assert not any(mixer._fewer_operations(n, n) for n in (1, 2, 100))
 
 
 def test_absorbed_decoding_knows_the_parametrisation() -> None:

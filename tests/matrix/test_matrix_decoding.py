@@ -105,6 +105,30 @@ def test_snapshot_is_independent(e: Entry) -> None:
     close(decode(model, x[:, 7:], [2, LENGTH - 9], kept)[0], model(x).logits[:, 7:])
 
 
+def reached(value: Any, seen: dict[int, Any]) -> dict[int, Any]:
+    """Everything that attributes, mappings and sequences lead to from `value`, by id."""
+    if id(value) in seen or isinstance(value, type):
+        return seen
+    seen[id(value)] = value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for each in (*inner, *vars(value).values()) if hasattr(value, "__dict__") else inner:
+        reached(each, seen)
+    return seen
+
+
+@each
+def test_a_state_names_its_buffers(e: Entry) -> None:
+    """Each tensor once, none left out: what compiled steps copy from one prompt to the next. Equal states name alike."""
+    model = subject(e.category, e.kind)
+    states = [decode(model, tokens(2, n), [n])[1] for n in (4, 7)]
+    for state in states:
+        state.uncount()
+        found = {id(t) for t in reached(state, {}).values() if isinstance(t, Tensor)}
+        named = [id(t) for t in state.buffers()]
+        assert len(named) == len(set(named)) and set(named) == found
+    assert [(t.shape, t.dtype) for t in states[0].buffers()] == [(t.shape, t.dtype) for t in states[1].buffers()]
+
+
 @each
 def test_a_state_refuses_gradients(e: Entry) -> None:
     model = subject(e.category, e.kind)

@@ -85,6 +85,21 @@ def test_narrow_types_stay_near_fp64(e: Entry, dtype: torch.dtype) -> None:
 
 
 @each
+def test_trains_under_autocast(e: Entry) -> None:
+    """fp32 weights, products in bf16: outputs near those of fp32, and the gradient, of all parameters, in its direction."""
+    model, ids = build(e, dtype=torch.float32), tokens(2, 6)
+    outs, grads = [], []
+    for on in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            outs.append(model(ids).logits.float())
+        found = gradients(model, outs[-1].square().mean())
+        grads.append(torch.cat([g.flatten().float() for g in found.values()]))
+    scale = outs[1].abs().max().clamp_min(1e-3).item()
+    close(outs[0] / scale, outs[1] / scale, 2 * BOUND[torch.bfloat16], "logits")
+    assert torch.isfinite(grads[0]).all() and torch.cosine_similarity(*grads, dim=0) > 0.99
+
+
+@each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scale", [1e4, 0.0], ids=["1e4", "zero"])
 def test_extreme_inputs_stay_finite(e: Entry, dtype: torch.dtype, scale: float) -> None:

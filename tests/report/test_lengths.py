@@ -229,7 +229,7 @@ def test_variants_start_nothing_anew(corpus: dict[str, str], trained: Path) -> N
 @pytest.fixture()
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process: others take seconds to start, and test_study.py has them."""
-    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(studies, "processes", lambda jobs: ThreadPoolExecutor(1))
 
 
 def recipe(folder: Path, trained: Path, corpus: dict[str, str]) -> dict[str, Any]:

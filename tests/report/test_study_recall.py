@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process: others take seconds to start, and test_study.py has them."""
-    monkeypatch.setattr(studies, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(studies, "processes", lambda jobs: ThreadPoolExecutor(1))
 
 
 def recipe(folder: Path) -> dict[str, Any]:

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import dovetail as dt
 from dovetail.errors import DataError
+from dovetail.parts.storage.int4 import Int4
+from dovetail.parts.storage.int8 import Int8
+from dovetail.parts.storage.nf4 import Nf4
+from dovetail.surgery import quantise
 from dovetail.training import preflight
 from dovetail.training.flops import parameter_count
 from dovetail.training.memory import estimate, remedies, train_flops
@@ -37,6 +42,31 @@ def test_reproduces_the_known_figures() -> None:
     assert estimate(large).devices >= 20  # type: ignore[operator]
     assert 15e9 < estimate(small, "lora").total < 24e9 and estimate(small, "lora").fits
     assert 6e9 < estimate(small, "qlora").total < 12e9
+
+
+@pytest.mark.parametrize("storage", [None, Nf4(double=False), Int8(), Int4(block=32)])
+def test_codes_have_the_bytes_of_their_storage(storage: Any) -> None:
+    blocks = {"mixer": {"kind": "attention"}, "feedforward": {"kind": "glu"}}
+    spec = {"kind": "decoder", "vocab": 64, "dim": 64, "depth": 2, "blocks": blocks}
+    model = dt.build(spec).to(torch.bfloat16).requires_grad_(False)
+    found = estimate(model, "qlora", storage=storage)
+    quantise(model, storage or Nf4())
+    assert found.sharded["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert (
+        found.name == f"qlora ({(storage or Nf4()).kind})" and estimate(model, "lora", storage=storage).name == "lora"
+    )
+
+
+def test_names_the_storage_of_the_recipe(tmp_path: Path) -> None:
+    data = recipe(tmp_path) | {"adapter": {"kind": "lora", "rank": 2}, "storage": {"kind": "int8"}}
+    found, plain = preflight(data), preflight(recipe(tmp_path))
+    screen = Console(file=StringIO(), width=160)
+    screen.print(found)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "qlora (int8)  (this recipe)" in text and "nf4" not in text
+    kept = [[(e["method"], e["storage"]) for e in f.to_dict()["estimates"]] for f in (found, plain)]
+    assert kept == [[("full", None), ("lora", None), ("qlora", name)] for name in ("int8", "nf4")]
+    assert found.estimates[2].sharded["weights"] != plain.estimates[2].sharded["weights"]
 
 
 def test_moves_as_it_should() -> None:

@@ -24,7 +24,7 @@ from dovetail.parts.storage.nf4 import Nf4
 from dovetail.surgery import quantise
 from dovetail.training import Recipe, preflight
 from dovetail.training.device import autocast
-from dovetail.training.room import Step, Way, choose, predict, states
+from dovetail.training.room import Step, Uncounted, Way, choose, chosen_for, look, predict, states
 from dovetail.training.setup import set_up
 from dovetail.training.simulate import Live, faked, saved_bytes, step_bytes
 from training.small import recipe
@@ -56,7 +56,7 @@ def measured(name: str, case: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "mixer, precision", [({"kind": "attention", "heads": 4, "kv_heads": 2}, "bf16"), ("gla", "bf16"), ("mamba", "none")]
+    "mixer, precision", [({"kind": "attention", "heads": 4, "kv_heads": 2}, "bf16"), ("gla", "bf16"), ("mamba", "bf16")]
 )
 def test_saved_tensors_and_peak_are_those_of_a_real_step(mixer: Any, precision: str) -> None:
     """To the byte: the same storages, counted in a step that runs and in one that does not."""
@@ -147,6 +147,32 @@ def test_chooses_the_fastest_that_fits() -> None:
     assert isinstance(fewer, Way) and (fewer.batch, fewer.accumulate) == (2, 2) and "2 x 2 rows" in str(fewer)
     assert choose(step, "cpu", 2 * sum(states(step).values()) / 3) is None
     assert states(replace(step, average=True))["average"] * 2 == states(step)["moments"]
+
+
+def asking(model: Any) -> Any:
+    """The model with a question about its data before each forward, which no fake tensor answers."""
+    model.blocks[0].register_forward_pre_hook(lambda _, given: float(given[0].detach().sum()) and None)
+    return model
+
+
+def test_says_why_a_step_is_not_counted(tmp_path: Path, monkeypatch: Any) -> None:
+    step = Step(asking(tiny(depth=2)), 2, 16)
+    for run in (lambda: predict(step, "cpu", 0), lambda: choose(step, "cpu", 1e12), lambda: look(step, "cpu", 1e12, 1)):
+        with pytest.raises(Uncounted, match="DataDependentOutputException"):
+            run()
+    assert look(step, "cpu", 1e3, 1) is None  # too large whatever it holds
+    with pytest.raises(Uncounted, match="only one stack"):
+        predict(Step(torch.nn.Linear(2, 2), 2, 16), "cpu", 0)
+    train = Recipe.load(recipe(tmp_path)).train
+    assert chosen_for(step.model, train, "none", torch.device("cpu"), 1e12) == 1
+    module: Any = sys.modules["dovetail.training.preflight"]
+    on_paper = module._on_paper
+    monkeypatch.setattr(module, "_on_paper", lambda recipe: asking(on_paper(recipe)))
+    found, screen = preflight(recipe(tmp_path)), Console(file=StringIO(), width=300)
+    screen.print(found)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert found.fits and "not counted: without data the model ends in DataDependent" in text
+    assert "_local_scalar_dense" in found.to_dict()["uncounted"] and found.to_dict()["step"] is None
 
 
 def test_a_recipe_leaves_it_to_the_memory(tmp_path: Path, monkeypatch: Any) -> None:

@@ -8,8 +8,7 @@ that lets eager decoding read only what is filled, and is None when a captured g
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,7 @@ FAR = 2**40  # order of an empty slot: later than any query, so no causal query 
 
 
 class LayerState(Protocol):
-    """What every remembered thing can do."""
+    """What every remembered thing can do. buffers: every tensor it holds, in an order that equal states share."""
 
     def reorder(self, indices: Tensor) -> None: ...
 
@@ -32,7 +31,10 @@ class LayerState(Protocol):
 
     def snapshot(self) -> Any: ...
 
-    def nbytes(self) -> int: ...
+    def buffers(self) -> list[Tensor]: ...
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.buffers())
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Timeline:
         positions = ctx.positions.expand(B, T, self.positions.shape[-1])
         start, even = self.count, self.even and ctx.segments is None
         over_ring = self.kept is not None and T > 1
-        before = Side(self.order[:, :-1].clone(), None, self.positions[:, :-1].clone()) if over_ring else None
+        before = (self.order[:, :-1].clone(), self.positions[:, :-1].clone()) if over_ring else None
         slots = self._slot(order)
         if ctx.segments is not None:
             slots = torch.where(ctx.segments >= 0, slots, self.slots)
@@ -92,7 +94,7 @@ class Timeline:
         visible = None if self.count is None else min(self.count, self.slots)
         q = Side(order, None, positions)
         if before is not None:
-            k = Side(torch.cat([before.order, hidden], 1), None, torch.cat([_positions(before), positions], 1))
+            k = Side(torch.cat([before[0], hidden], 1), None, torch.cat([before[1], positions], 1))
             coords = Coords(q, k)
         else:
             stop = self.slots if visible is None else visible
@@ -147,7 +149,7 @@ class Timeline:
         return copy
 
 
-class KVState:
+class KVState(LayerState):
     """One attention layer's keys (B,S+1,G,D) and values (B,S+1,G,Dv) over a shared timeline."""
 
     def __init__(self, timeline: Timeline, heads: int, dim: int, dim_v: int, dtype: torch.dtype):
@@ -196,11 +198,11 @@ class KVState:
         copy.timeline, copy.k, copy.v = self.timeline, self.k.clone(), self.v.clone()
         return copy
 
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+    def buffers(self) -> list[Tensor]:
+        return [self.k, self.v]
 
 
-class CrossState:
+class CrossState(LayerState):
     """Keys and values of the encoder output, projected once. segments (B,S): negative for padding."""
 
     def __init__(self) -> None:
@@ -209,10 +211,8 @@ class CrossState:
         self.segments: Tensor | None = None
 
     def reorder(self, indices: Tensor) -> None:
-        if self.k is not None and self.v is not None:
-            self.k, self.v = self.k[indices], self.v[indices]
-        if self.segments is not None:
-            self.segments = self.segments[indices]
+        held = (self.k, self.v, self.segments)
+        self.k, self.v, self.segments = (None if t is None else t[indices] for t in held)
 
     def truncate(self, length: int) -> None:
         """The encoder output does not grow."""
@@ -222,11 +222,11 @@ class CrossState:
         copy.k, copy.v, copy.segments = self.k, self.v, self.segments
         return copy
 
-    def nbytes(self) -> int:
-        return 0 if self.k is None or self.v is None else self.k.nbytes + self.v.nbytes
+    def buffers(self) -> list[Tensor]:
+        return [t for t in (self.k, self.v, self.segments) if t is not None]
 
 
-class VectorState:
+class VectorState(LayerState):
     """A recurrence's tensors by name, each (B, ...). Cannot be truncated: only snapshots can go back."""
 
     def __init__(self, **tensors: Tensor):
@@ -255,8 +255,8 @@ class VectorState:
     def snapshot(self) -> VectorState:
         return VectorState(**{name: t.clone() for name, t in self.tensors.items()})
 
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+    def buffers(self) -> list[Tensor]:
+        return list(self.tensors.values())
 
 
 @dataclass
@@ -323,7 +323,8 @@ class State:
 
     def reorder(self, indices: Tensor) -> None:
         """Row b becomes what row indices[b] was: (B',) int64. Beams and shared prompts."""
-        self._each(lambda part: part.reorder(indices))
+        for part in self._parts():
+            part.reorder(indices)
         for timeline in self.room.timelines.values():
             timeline.reorder(indices)
         self.length = self.length[indices]
@@ -347,7 +348,8 @@ class State:
         for timeline in self.room.timelines.values():
             timeline.check_truncate()
         most = int(length.max()) if isinstance(length, Tensor) else length
-        self._each(lambda part: part.truncate(most))
+        for part in self._parts():
+            part.truncate(most)
         for timeline in self.room.timelines.values():
             timeline.truncate(length)
         self.length = self.length.clamp_max(length)
@@ -355,14 +357,12 @@ class State:
 
     def snapshot(self) -> State:
         """An independent copy."""
-        room = Room(self.room.batch, self.room.capacity, self.room.device, self.room.dtype, self.room.axes)
-        room.timelines = {kept: timeline.snapshot() for kept, timeline in self.room.timelines.items()}
-        same = {id(old): room.timelines[kept] for kept, old in self.room.timelines.items()}
+        room = replace(self.room, timelines={kept: line.snapshot() for kept, line in self.room.timelines.items()})
 
         def copy(part: Any) -> Any:
             new = part.snapshot()
             if isinstance(new, KVState):
-                new.timeline = same[id(part.timeline)]
+                new.timeline = room.timelines[part.timeline.kept]
             return new
 
         layers = [{name: copy(part) for name, part in layer.items()} for layer in self.layers]
@@ -371,23 +371,22 @@ class State:
         state.begun, state.ahead = self.begun, self.ahead
         return state
 
+    def buffers(self) -> list[Tensor]:
+        """Every tensor of it, in an order that equal states share."""
+        times = [t for line in self.room.timelines.values() for t in (line.order, line.positions, line.length)]
+        return [t for part in self._parts() for t in part.buffers()] + times + [self.length]
+
     def nbytes(self) -> int:
         """Bytes of what the layers remember, as allocated."""
         return sum(part.nbytes() for layer in self.layers for part in layer.values())
 
-    def _each(self, act: Callable[[Any], None]) -> None:
-        for part in [p for layer in self.layers for p in layer.values()] + list(self.extra.values()):
-            act(part)
+    def _parts(self) -> list[LayerState]:
+        return [p for layer in self.layers for p in layer.values()] + list(self.extra.values())
 
 
 def _rows(where: Tensor) -> Tensor:
     """The row of each slot (B,T). As an index beside the slots: compilers do that assignment in place, a scatter not."""
     return torch.arange(where.shape[0], device=where.device)[:, None]
-
-
-def _positions(side: Side) -> Tensor:
-    assert side.positions is not None
-    return side.positions
 
 
 def _last(where: Tensor, ring: bool, slots: int) -> Tensor:

@@ -13,11 +13,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +31,7 @@ from dovetail.models.build import build
 from dovetail.report import scaling_page
 from dovetail.report.cost import machine, peak, state_bytes, versions
 from dovetail.report.plain import plain
+from dovetail.report.processes import processes
 from dovetail.report.scaling_page import DECODE, FORWARD, STEP, Cell, Measured, Scaled
 from dovetail.report.study_recipe import slug
 from dovetail.report.written import write
@@ -222,7 +221,7 @@ def _kept(path: Path, key: str) -> dict[str, Any]:
 def _apart(asked: Scaling, arm: Arm, key: str, path: Path) -> str | None:
     """Measures an arm in a process of its own; what went wrong with it, where something did."""
     for _ in range(len(asked.at) * 2 + len(asked.decode_at) + 1):  # a process that is killed loses one cell
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with processes() as pool:
             try:
                 pool.submit(_measure, asked, arm, key, path).result()
                 return None

@@ -10,8 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from dovetail.report.cost import machine, state_bytes, versions
 from dovetail.report.lengths import Lengths, examine
 from dovetail.report.ngram_rival import ngram_of_training
 from dovetail.report.plain import plain
+from dovetail.report.processes import processes
 from dovetail.report.scores import generate_scores, nearest, questions, score
 from dovetail.report.study_page import Curve, Found, Row
 from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, slug
@@ -75,8 +75,7 @@ def study(
     found = {run: before for run in places if (before := _kept(places[run], keys[run])) is not None}
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(runs), completed=len(found))
-        # A process for each run: its peak memory is its own, and nothing of it stays behind.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        with processes(jobs) as pool:
             waiting = [(arm, seed) for arm, seed in reversed(runs) if (arm.name, seed) not in found]
             free = _gpus(jobs)
             going: dict[Future[dict[str, Any]], tuple[tuple[str, int], str | None]] = {}

@@ -69,7 +69,7 @@ class Captured:
             )
         fresh, first = prefilled(self.model, prompts, new, self.capacity)
         fresh.uncount()
-        held, given = ([] if s is None else tensors(s) for s in (self._state, fresh))
+        held, given = ([] if s is None else s.buffers() for s in (self._state, fresh))
         made_for = (fresh.begun, fresh.ahead, *((t.shape, t.dtype) for t in given), *_facts(self.model))
         if made_for == self._made_for:
             for old, value in zip(held, given, strict=True):
@@ -164,27 +164,6 @@ def tuned(device: torch.device, rows: int) -> dict[str, Any]:
     """Inductor's options for a step of so many rows. One row on CUDA: products with a vector become reductions of its own,
     searched for the best shape, which read weights nearer to the speed of memory than the library's products do."""
     return {"coordinate_descent_tuning": True} if device.type == "cuda" and rows == 1 else {}
-
-
-def tensors(state: State) -> list[Tensor]:
-    """Every tensor that a state holds, each once, in an order that equal states share."""
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.setdefault(id(value), value)
-        elif isinstance(value, dict):
-            visit(tuple(value.values()))
-        elif isinstance(value, (list, tuple)):
-            for each in value:
-                visit(each)
-        elif type(value).__module__ != "builtins" and hasattr(value, "__dict__") and id(value) not in seen:
-            seen.add(id(value))
-            visit(vars(value))
-
-    visit(state)
-    return list(found.values())
 
 
 def _facts(model: nn.Module) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ Sharded over all devices (FSDP2, ZeRO-3), bytes a parameter:
 
 | | full, mixed precision | LoRA | QLoRA |
 | --- | --- | --- | --- |
-| weights in bf16 | 2 | 2 | linear maps of the blocks 0.516 (NF4, constants quantised again), others 2 |
+| weights in bf16 | 2 | 2 | linear maps of the blocks as their storage keeps them (NF4 0.516), others 2 |
 | gradients | bf16 2 + fp32 4 | of the adapters alone | of the adapters alone |
 | master weights fp32 | 4 | of the adapters alone | of the adapters alone |
 | Adam's moments fp32 | 8 | of the adapters alone | of the adapters alone |
@@ -18,13 +18,15 @@ its gradient, two blocks gathered in bf16 with one's gradient (when sharded), fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from dovetail.parts.storage.base import Storage
+from dovetail.parts.storage.nf4 import Nf4
 from dovetail.training.flops import flops_per_token, parameter_count
 
 Method = Literal["full", "lora", "qlora"]
@@ -32,7 +34,6 @@ METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 FROZEN = "frozen "  # begins the names of helpers' bytes
 
 _FULL = {"weights": 2.0, "gradients": 2.0 + 4.0, "master weights": 4.0, "Adam": 8.0}  # bytes a parameter
-_NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # 4 bits, an 8-bit constant every 64, an fp32 one every 256 of those
 _RUNTIME = 1e9
 _LOGITS = 2**23  # the objective's chunk
 _MOST = 65_536  # devices
@@ -42,7 +43,7 @@ _MOST = 65_536  # devices
 class Estimate:
     """sharded: bytes that all devices share; each: bytes that every device holds besides. devices: how many it takes.
 
-    total: bytes over all devices. devices is None where no number of such devices is enough.
+    total: bytes over all devices. devices is None where no number of such devices is enough. storage: of the codes.
     """
 
     method: Method
@@ -50,6 +51,12 @@ class Estimate:
     each: dict[str, float]
     device_bytes: float
     devices: int | None
+    storage: Storage | None = None
+
+    @property
+    def name(self) -> str:
+        """The method and its storage, for people."""
+        return self.method if self.storage is None else f"{self.method} ({self.storage.kind})"
 
     @property
     def total(self) -> float:
@@ -71,32 +78,34 @@ def estimate(
     rank: int = 16,
     device_bytes: float = 80e9,
     helpers: Mapping[str, float] | None = None,
+    storage: Storage | None = None,
 ) -> Estimate:
     """Memory to train `model` with `batch` rows of `length` tokens on each device, by the table above.
 
     rank: of LoRA adapters on every linear map of the blocks. helpers: role -> bytes of frozen models that every device
-    holds whole.
+    holds whole. storage: how "qlora" keeps the weights of those maps, NF4 unless given; other methods have no use for it.
     """
+    storage = None if method != "qlora" else storage or Nf4()
     blocks = list(_blocks(model))
     linears = [m for b in blocks for m in b.modules() if isinstance(m, nn.Linear)]
-    inner = sum(m.in_features * m.out_features for m in linears)
     everything = parameter_count(model)
     if method == "full":
         sharded = {name: size * everything for name, size in _FULL.items()}
     else:
         adapters = rank * sum(m.in_features + m.out_features for m in linears)
-        base = 2.0 * everything if method == "lora" else _NF4 * inner + 2.0 * (everything - inner)
+        shapes = [] if storage is None else [(m.out_features, m.in_features) for m in linears]
+        base = 2.0 * (everything - sum(n * k for n, k in shapes)) + _codes(storage, shapes)
         sharded = {"weights": base, "adapters and their states": sum(_FULL.values()) * adapters}
     each = _activations(model, blocks, batch * length, checkpointing) | {"runtime": _RUNTIME}
     each |= {f"{FROZEN}{role}": size for role, size in (helpers or {}).items()}
     block_bytes = max((sum(p.numel() for p in b.parameters()) for b in blocks), default=0)
     gathered = block_bytes * (2 * 2.0 + (2.0 if method == "full" else 0.0))
     if sum(sharded.values()) + sum(each.values()) <= device_bytes:
-        return Estimate(method, sharded, each, device_bytes, 1)
+        return Estimate(method, sharded, each, device_bytes, 1, storage)
     each["gathered blocks"] = gathered
     room = device_bytes - sum(each.values())
     devices = None if room <= 0 else max(2, -int(-sum(sharded.values()) // room))
-    return Estimate(method, sharded, each, device_bytes, devices if devices and devices <= _MOST else None)
+    return Estimate(method, sharded, each, device_bytes, devices if devices and devices <= _MOST else None, storage)
 
 
 def coded_bytes(model: nn.Module, storage: Storage) -> float:
@@ -105,8 +114,17 @@ def coded_bytes(model: nn.Module, storage: Storage) -> float:
     maps = [m.weight for b in _blocks(model) for m in b.modules() if isinstance(m, nn.Linear)]
     maps = [w for w in maps if w is not None and not w.requires_grad]
     whole = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    codes = sum(t.nbytes for w in maps for t in storage.empty(w.shape, w.dtype, "meta").buffers())
-    return float(whole - sum(w.numel() * w.element_size() for w in maps) + codes)
+    return float(whole - sum(w.numel() * w.element_size() for w in maps)) + _codes(storage, [w.shape for w in maps])
+
+
+def _codes(storage: Storage | None, shapes: Iterable[Sequence[int]]) -> float:
+    """Bytes of weights of these shapes as a storage keeps them."""
+    if storage is None:
+        return 0.0
+    each = Counter(tuple(shape) for shape in shapes)
+    return float(
+        sum(n * sum(t.nbytes for t in storage.empty(shape, device="meta").buffers()) for shape, n in each.items())
+    )
 
 
 def train_flops(model: nn.Module, method: Method, length: int, checkpointing: float) -> float:
@@ -157,7 +175,7 @@ def remedies(
     """What to change when `found` does not fit on one device, the mildest first, each with what it would then need."""
     tries: list[tuple[str, dict[str, Any]]] = []
     here: dict[str, Any] = {"method": found.method, "batch": batch, "length": length, "checkpointing": checkpointing}
-    here["helpers"] = helpers
+    here |= {"helpers": helpers, "storage": found.storage}
     if not checkpointing:
         here["checkpointing"] = True
         tries.append(("train.checkpointing=true", dict(here)))
@@ -167,10 +185,11 @@ def remedies(
     if length > 512:
         tries.append(("train.length=512 as well", here | {"length": 512}))
     smaller = METHODS[METHODS.index(found.method) + 1 :]
-    tries.extend((f"{method} instead of {found.method}", here | {"method": method}) for method in smaller)
+    tries.extend(("{} instead of " + found.name, here | {"method": method}) for method in smaller)
     lines = []
     for text, arguments in tries:
         got = estimate(model, device_bytes=found.device_bytes, **arguments)
+        text = text.format(got.name)
         single = sum(got.sharded.values()) + sum(v for k, v in got.each.items() if k != "gathered blocks")
         lines.append(f"{text}: {single / 1e9:,.1f} GB" + (", which fits" if got.fits else ""))
         if got.fits:

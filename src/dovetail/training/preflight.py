@@ -24,7 +24,7 @@ from dovetail.training.device import autocast, choose, peak_memory, peak_rate, p
 from dovetail.training.flops import parameter_count
 from dovetail.training.memory import FROZEN, METHODS, Estimate, Method, estimate, remedies, train_flops
 from dovetail.training.recipe import Recipe
-from dovetail.training.room import Step, Way, look
+from dovetail.training.room import Step, Uncounted, Way, look
 from dovetail.training.room import choose as choose_way
 from dovetail.training.setup import Parts, hub_folder, labelled_sets, load_tokenizer, model_spec, set_up, with_helpers
 
@@ -34,11 +34,13 @@ _MFU = 0.4  # what a tuned run reaches; times without a dry run assume it and sa
 
 @dataclass(frozen=True)
 class Preflight:
-    """What `preflight` found. estimates: full fine-tuning, LoRA and QLoRA with the recipe's batch and length.
+    """What `preflight` found. estimates: full fine-tuning, LoRA and QLoRA with the recipe's batch and length, the last with
+    the recipe's storage (NF4 where it has none).
 
     dry_run: {"seconds", "peak_bytes"} of the longest batch forward and backward, or None when it would not fit.
-    hours: for the recipe's steps. way: how the step is taken and its peak, counted; None where it cannot be. fits:
-    whether the recipe does, on one device. cut: prompt-completion pairs that are longer than a row.
+    hours: for the recipe's steps. way: how the step is taken and its peak, counted; None where it cannot be (`uncounted`
+    says why) or none leaves room. fits: whether the recipe does, on one device. cut: prompt-completion pairs that are
+    longer than a row.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Preflight:
     cut: int = 0
     way: Way | None = None
     room: float = 0.0
+    uncounted: str = ""
 
     @property
     def fits(self) -> bool:
@@ -66,7 +69,14 @@ class Preflight:
             "device": self.device,
             "fits": self.fits,
             "estimates": [
-                {"method": e.method, "total_bytes": e.total, "devices": e.devices, "sharded": e.sharded, "each": e.each}
+                {
+                    "method": e.method,
+                    "storage": None if e.storage is None else e.storage.kind,
+                    "total_bytes": e.total,
+                    "devices": e.devices,
+                    "sharded": e.sharded,
+                    "each": e.each,
+                }
                 for e in self.estimates
             ],
             "advice": list(self.advice),
@@ -76,6 +86,7 @@ class Preflight:
             "hours": self.hours,
             "pairs_cut": self.cut,
             "step": None if self.way is None else asdict(self.way) | {"peak_bytes": self.way.peak},
+            "uncounted": self.uncounted,
         }
 
     def __rich__(self) -> Group:
@@ -90,7 +101,7 @@ class Preflight:
             style = "green" if e.fits else "red"
             mine = "  (this recipe)" if e.method == method_of(self.recipe) else ""
             table.add_row(
-                e.method + mine,
+                e.name + mine,
                 f"{alone / 1e9:,.2f} GB",
                 str(e.devices or "none is enough"),
                 f"{e.total / 1e9:,.2f} GB",
@@ -104,8 +115,9 @@ class Preflight:
             chosen = "chosen" if t.checkpointing == "auto" else "as asked"
             sizes = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in self.way.sizes.items())
             parts.append(f"the step, counted, {chosen}: {self.way} ({sizes})")
-        elif self.fits:
-            parts.append("the step itself cannot be counted for this model: the table goes by its parameters")
+        elif self.uncounted or self.fits:
+            why = self.uncounted or "no way to take it leaves a tenth of the memory free"
+            parts.append(Text(f"the step itself is not counted: {why}; the table goes by the model's parameters"))
         if self.dry_run is not None:
             seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
             parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")
@@ -131,14 +143,19 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
     same: dict[str, Any] = {"batch": t.batch, "length": t.length, "checkpointing": bool(t.checkpointing)}
     same["helpers"] = _helper_bytes(recipe)
     rank = getattr(recipe.adapter, "rank", 16)
-    estimates = tuple(estimate(model, method, device_bytes=room, rank=rank, **same) for method in METHODS)
+    kept: Any = recipe.storage
+    estimates = tuple(estimate(model, method, device_bytes=room, rank=rank, storage=kept, **same) for method in METHODS)
     asked = next(e for e in estimates if e.method == method_of(recipe))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     about = f"{name} with {room / 1e9:,.0f} GB"
     step = _step(recipe, device, sum((same["helpers"] or {}).values()))
-    way = look(step, device.type, room, t.checkpointing)
+    way, why = None, ""
+    try:
+        way = look(step, device.type, room, t.checkpointing)
+    except Uncounted as error:
+        why = str(error)
     if not (asked.fits if way is None else way.peak <= room):
-        other = choose_way(step, device.type, room)
+        other = None if why else choose_way(step, device.type, room)
         advice = (*([str(other)] if other is not None else []), *remedies(model, asked, **same))
         peak, _ = peak_rate(device, torch.bfloat16)
         work = (
@@ -149,7 +166,9 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
             * t.steps
         )
         hours = work / (peak * _MFU) / 3600
-        return Preflight(recipe, parameter_count(model), about, estimates, advice, None, (), None, hours, 0, way, room)
+        return Preflight(
+            recipe, parameter_count(model), about, estimates, advice, None, (), None, hours, 0, way, room, why
+        )
     parts = set_up(recipe)
     rows = parts.rows(parts.train)
     batch: dict[str, Tensor] | None = Batches(rows, Sampler(len(rows), t.seed), t.batch).next()
@@ -165,7 +184,9 @@ def preflight(source: str | Path | dict[str, Any] | Recipe, overrides: list[str]
         pieces = tuple(parts.tokenizer.decode([i], skip_special=False) or f"<{i}>" for i in shown)
     hours = dry["seconds"] * t.accumulate * t.steps / 3600
     cut = getattr(rows, "cut", 0)
-    return Preflight(recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut, way, room)
+    return Preflight(
+        recipe, parameter_count(model), about, estimates, (), batch, pieces, dry, hours, cut, way, room, why
+    )
 
 
 def method_of(recipe: Recipe) -> Method:

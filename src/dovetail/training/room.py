@@ -18,8 +18,13 @@ from dovetail.training.simulate import step_bytes
 MARGIN = 0.9  # of the memory: a prediction is within a tenth of what was measured
 _WORKSPACES = {"cuda": 2 * 2**25}  # of cuBLAS
 _EVERY = (0, 4, 2, 1)  # the fastest first
-# What a model may raise without data: asking for values, or an operation that fake tensors do not know.
-_UNCOUNTED = (RuntimeError, DynamicOutputShapeException, UnsupportedOperatorException)
+# What a model may raise without data: asking for values, an operation that fake tensors or a compiler's partition do not
+# know, a constant that they did not expect.
+_RAISED = (RuntimeError, AssertionError, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
+class Uncounted(Exception):
+    """A step that cannot be counted; says why."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,18 @@ class Step:
 
 def predict(step: Step, device: str, checkpointing: int) -> Way:
     """The peak of a step on a device of that type ("cuda"): weights, AdamW's moments in the weights' dtype, and the most
-    that forward and backward hold beside them, by running them on fake tensors."""
+    that forward and backward hold beside them, by running them on fake tensors. Raises Uncounted."""
     model = step.model
-    counted = step_bytes(
-        model, batch=step.batch, length=step.length, device=device, precision=step.precision, compiled=step.compiled,
-        again=checkpointing,
-    )  # fmt: skip
+    if not step.counts():
+        raise Uncounted("only one stack that reads tokens and has a head is")
+    try:
+        counted = step_bytes(
+            model, batch=step.batch, length=step.length, device=device, precision=step.precision, compiled=step.compiled,
+            again=checkpointing,
+        )  # fmt: skip
+    except _RAISED as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise Uncounted(f"without data the model ends in {type(error).__name__}: {line}") from error
     sizes = states(step) | {"forward and backward": float(counted), "workspaces": float(_WORKSPACES.get(device, 0))}
     return Way(step.batch, step.accumulate, checkpointing, step.compiled, sizes)
 
@@ -101,27 +112,19 @@ def ways(step: Step, device: str) -> Iterator[Way]:
 
 
 def choose(step: Step, device: str, room: float) -> Way | None:
-    """The fastest way that leaves a tenth of `room` bytes free; None where there is none, or none can be counted."""
+    """The fastest way that leaves a tenth of `room` bytes free; None where there is none. Raises Uncounted."""
     gradients = sum(p.numel() * p.element_size() for p in step.model.parameters() if p.requires_grad)
-    if not step.counts() or sum(states(step).values()) + gradients > MARGIN * room:
+    if sum(states(step).values()) + gradients > MARGIN * room:
         return None
-    try:
-        return next((way for way in ways(step, device) if way.peak <= MARGIN * room), None)
-    except _UNCOUNTED:  # what the model does depends on its data
-        return None
+    return next((way for way in ways(step, device) if way.peak <= MARGIN * room), None)
 
 
 def look(step: Step, device: str, room: float, checkpointing: bool | int | str) -> Way | None:
-    """The way that a recipe's checkpointing asks for, by `choose` where it is "auto"; None where none can be counted, or
-    what stands from the first step on is more than the device has."""
+    """The way that a recipe's checkpointing asks for, by `choose` where it is "auto"; None where that finds none, or what
+    stands from the first step on is more than the device has. Raises Uncounted."""
     if checkpointing == "auto":
         return choose(step, device, room)
-    if not step.counts() or sum(states(step).values()) > room:
-        return None
-    try:
-        return predict(step, device, int(checkpointing))
-    except _UNCOUNTED:
-        return None
+    return None if sum(states(step).values()) > room else predict(step, device, int(checkpointing))
 
 
 def spoken(checkpointing: int) -> str:
@@ -138,5 +141,8 @@ def chosen_for(model: nn.Module, t: Any, precision: str, device: torch.device, r
     """What `train.checkpointing: auto` comes to: as few blocks as fit at the recipe's batch, all of them where none can
     be counted or nothing fits."""
     step = Step(model, t.batch, t.length, t.accumulate, precision, t.compile, bool(t.ema))
-    way = choose(step, device.type, room)
+    try:
+        way = choose(step, device.type, room)
+    except Uncounted:
+        return 1
     return way.checkpointing if way is not None and way.batch == t.batch else 1

@@ -13,7 +13,7 @@ from dovetail.errors import DataError
 from dovetail.kernels.path import follow
 from dovetail.parts.init import Xavier
 from dovetail.parts.position.base import Vectors
-from dovetail.parts.state import Room
+from dovetail.parts.state import LayerState, Room
 from dovetail.parts.weights import Linear, Rng
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.ranges import Count, Positive
@@ -109,7 +109,7 @@ def _with_time(linear: Linear, times: Tensor) -> tuple[Tensor, Tensor]:
     return weight[:, :-1].contiguous(), torch.outer(times, weight[:, -1]) + bias
 
 
-class Path:
+class Path(LayerState):
     """The path followed once, (capacity,C), for every step of decoding to look up. Rows share it, and nothing writes it."""
 
     def __init__(self, path: Tensor):
@@ -124,5 +124,5 @@ class Path:
     def snapshot(self) -> Path:
         return self
 
-    def nbytes(self) -> int:
-        return self.path.nbytes
+    def buffers(self) -> list[Tensor]:
+        return [self.path]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dovetail.errors import BuildError, RunError
 from dovetail.parts.recurrent.rnn import RecurrentModule
+from dovetail.parts.state import LayerState
 
 
 class Flowing:
@@ -27,7 +28,7 @@ class Flowing:
         self.end = tensors
 
 
-class HandedOver:
+class HandedOver(LayerState):
     """Whether a decoding state holds the encoder's last states yet: without them it would start from zero, unnoticed."""
 
     done = False
@@ -51,8 +52,8 @@ class HandedOver:
         copy.done = self.done
         return copy
 
-    def nbytes(self) -> int:
-        return 0
+    def buffers(self) -> list[Tensor]:
+        return []
 
 
 def check_bridge(encoder: Any, decoder: Any, looks_back: bool) -> None:

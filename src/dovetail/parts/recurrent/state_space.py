@@ -143,6 +143,13 @@ class LawState(VectorState):
     def snapshot(self) -> LawState:
         return LawState(self.law, **{name: t.clone() for name, t in self.tensors.items()})
 
+    def buffers(self) -> list[Tensor]:
+        return [*super().buffers(), *self.law]
+
+    def nbytes(self) -> int:
+        """Of h: the law is one for all rows."""
+        return self["h"].nbytes
+
 
 @dataclass(frozen=True)
 class Documents:
