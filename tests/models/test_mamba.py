@@ -77,6 +77,27 @@ def test_equals_transformers(config: dict[str, Any]) -> None:
         peers.check_training(ours, theirs, {"tokens": TOKENS}, {"input_ids": TOKENS}, 1e-4)
 
 
+def test_starts() -> None:
+    """Of the recurrence: transformers' (which are its authors'), value for value or by their ranges."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    theirs: Any = MambaForCausalLM(MambaConfig(**small(hidden_size=64))).backbone.layers[0].mixer
+    wanted = {"kind": "decoder", "vocab": 29, "dim": 64, "depth": 1, "init": "lecun"}
+    told = {"kind": "mamba", "state": 4}
+    ours: Any = dt.build(wanted | {"blocks": {"mixer": told, "feedforward": None}}).blocks[0].mixer
+    assert torch.equal(ours.A_log, theirs.A_log) and torch.equal(ours.D, theirs.D)
+    assert torch.equal(ours.conv.bias, theirs.conv1d.bias)
+    for mine, other, bound in ((ours.conv, theirs.conv1d, 4**-0.5), (ours.dt, theirs.dt_proj, 4**-0.5)):
+        assert 0.9 * bound < mine.weight.abs().max() <= bound and 0.9 * bound < other.weight.abs().max() <= bound
+    for steps in (torch.nn.functional.softplus(bias).log() for bias in (ours.dt.bias, theirs.dt_proj.bias)):
+        ends = torch.tensor([1e-3, 0.1]).log()
+        assert ends[0] - 1e-3 < steps.min() < ends[0] + 0.4 and ends[1] - 0.4 < steps.max() < ends[1] + 1e-3
+        assert abs(steps.mean() - ends.mean()) < 5 * (ends[1] - ends[0]) / (12 * 128) ** 0.5  # 128 draws, log-uniform
+    slow: Any = dt.build(wanted | {"blocks": {"mixer": told | {"decay": 0.01}, "feedforward": None}}).blocks[0].mixer
+    torch.testing.assert_close(slow.A_log.exp(), torch.full((128, 4), 0.01))
+    assert all(torch.equal(p, q) for (n, p), q in zip(slow.named_parameters(), ours.parameters()) if n != "A_log")
+
+
 def test_generation(tmp_path: Path) -> None:
     """Greedy, from a prompt, token for token."""
     theirs = peer(small(hidden_size=16), tmp_path)
@@ -143,3 +164,5 @@ def test_what_the_layout_cannot_say(tmp_path: Path) -> None:
         write(model.spec, {})
     with pytest.raises(ConfigError, match="feedforward"):
         write(model.spec.replace(blocks=[{"mixer": "mamba"}] * 2), {})
+    with pytest.raises(ConfigError, match="decay"):
+        write(model.spec.replace(blocks=[{"mixer": {"kind": "mamba", "decay": 0.5}, "feedforward": None}] * 2), {})

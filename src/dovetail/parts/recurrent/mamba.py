@@ -40,7 +40,9 @@ class Mamba(Spec):
     needs no feed-forward beside it: {mixer: mamba, feedforward: null}. hidden: width E of x and z, 2·dim unless given.
     state: N. kernel: tokens of the convolution. dt_rank: width of W_δ x, dim/16 unless given. bias: on the maps from and
     to the stream; conv_bias: on the convolution. dt starts log-uniform between dt_min and dt_max, but not below
-    dt_floor. A starts at -(1..N), and takes no weight decay, nor does D.
+    dt_floor. decay: A starts at minus this for every entry, at -(1..N) unless given. One Δ both writes and
+    fades, so that by the usual starts what lasts is hardly written; a Δ near 1 with a small decay starts closer to
+    linear attention, which learns to recall sooner (Trockman et al. 2024). A takes no weight decay, nor does D.
     """
 
     hidden: Count | None = None
@@ -53,6 +55,7 @@ class Mamba(Spec):
     dt_min: Positive = 1e-3
     dt_max: Positive = 0.1
     dt_floor: Positive = 1e-4
+    decay: Positive | None = None
 
     def build(self, slot: Slot) -> nn.Module:
         return MambaModule(self, slot)
@@ -93,6 +96,7 @@ class MambaModule(nn.Module):
             )
         hidden, rank = spec.sizes(slot.dim)
         self.path, self.order, self.rank, self.hidden = slot.path, spec.state, rank, hidden
+        self.decay = spec.decay
         self.inward = Linear(slot.dim, 2 * hidden, slot=slot, bias=spec.bias, parts=(("in", hidden), ("in", hidden)))
         self.conv = ShortConvolution(hidden, spec.kernel, slot, bias=spec.conv_bias)
         self.activation = slot.build(spec.activation, "activation")
@@ -103,8 +107,11 @@ class MambaModule(nn.Module):
         self.out = Linear(hidden, slot.width_out, slot=slot, bias=spec.bias, role="residual")
 
     def initialise(self, rng: Rng) -> None:
-        entries = torch.arange(1, self.order + 1, dtype=torch.float32, device=self.A_log.device)
-        self.A_log.copy_(entries.log().expand_as(self.A_log))
+        if self.decay is None:
+            entries = torch.arange(1, self.order + 1, dtype=torch.float32, device=self.A_log.device)
+            self.A_log.copy_(entries.log().expand_as(self.A_log))
+        else:
+            nn.init.constant_(self.A_log, math.log(self.decay))
         nn.init.ones_(self.D)
 
     def new_state(self, room: Room) -> VectorState:
@@ -129,7 +136,7 @@ class MambaModule(nn.Module):
         low, b, c = self.choose(u).split([self.rank, self.order, self.order], -1)
         borders, wide = Borders.of(ctx, len(x)), torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):
-            dt = F.softplus(self.dt(low).to(wide))
+            dt = F.softplus(self.dt(low.to(self.dt.dtype)).to(wide))
             dt = dt if borders is None else dt.masked_fill(~borders.real[..., None], 0.0)
             begin = u.new_zeros(len(x), self.hidden, self.order, dtype=wide) if state is None else state["h"]
             v, b, c = (t.to(wide) for t in (u, b, c))
