@@ -69,7 +69,13 @@ def test_list_names_every_part_as_json(run: Run) -> None:
     data = last(out)
     assert code == 0
     assert {p["kind"] for p in data["mixer"]} == set(dt.registry("mixer"))
+    beside = {name: data.pop(name) for name in ("arrangement", "layout")}
     assert all(p["oracle"] and p["source"] for parts in data.values() for p in parts)
+    assert [row["kind"] for row in beside["arrangement"]] == ["hwfa", "hwfa_rerope"]
+    assert {"llama", "bert", "roformer", "t5", "deberta-v2", "xlnet"} <= {row["kind"] for row in beside["layout"]}
+    assert all(row["what"] and row["source"] for rows in beside.values() for row in rows)
+    table = run("list", "arrangement")[1]
+    assert "hwfa_rerope" in table and "position" not in table
 
 
 def test_list_of_an_unknown_category(run: Run) -> None:

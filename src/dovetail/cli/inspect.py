@@ -25,24 +25,46 @@ def list_parts(
     category: Annotated[str | None, typer.Argument(help="One category: mixer, position, norm, ...")] = None,
     as_json: Json = False,
 ) -> None:
-    """What there is: every registered part by category."""
+    """What there is: every registered part by category; layouts of checkpoints; arrangements of layers."""
     from dovetail import adapters, data, objectives  # noqa: F401  (they register their kinds, as the parts do)
     from dovetail.spec import entries, kinds
 
-    if category is not None:
+    beside = _beside()
+    if category is not None and category not in beside:
         kinds(category)
-    rows = [e for e in entries() if category in (None, e.category)]
+    parts = [e for e in entries() if category in (None, e.category)]
+    others = {name: rows for name, rows in beside.items() if category in (None, name)}
     if as_json:
         found: dict[str, list[dict[str, Any]]] = {}
-        for e in rows:
+        for e in parts:
             known = {"kind": e.kind, "source": e.source, "oracle": e.oracle, "decode": e.decode, **e.capabilities}
             found.setdefault(e.category, []).append(known)
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found | others, ensure_ascii=False))
         return
     table = Table("category", "kind", "what", "source", box=None, header_style="bold")
-    for e in rows:
+    for e in parts:
         table.add_row(*map(escape, (e.category, e.kind, (e.cls.__doc__ or "").strip().splitlines()[0], e.source)))
+    for name, rows in others.items():
+        for row in rows:
+            table.add_row(*map(escape, (name, row["kind"], row["what"], row["source"])))
     console.print(table)
+
+
+def _beside() -> dict[str, list[dict[str, Any]]]:
+    """What has a name and is no part: layouts that checkpoints come in, and changes of a spec that differ by layer."""
+    from dovetail.models.family import FAMILIES
+    from dovetail.surgery.hybrid import ARRANGEMENTS
+
+    layouts = [
+        {"kind": f.name, "what": f"checkpoints whose {f.file} is of {', '.join(f.model_types) or 'its form'}",
+         "source": f.read.__module__, "model_types": list(f.model_types), "file": f.file}
+        for f in FAMILIES.values()
+    ]  # fmt: skip
+    arrangements = [
+        {"kind": name, "what": (make.__doc__ or "").splitlines()[0] + f" `dovetail.surgery.{name}`", "source": source}
+        for name, (make, source) in ARRANGEMENTS.items()
+    ]
+    return {"arrangement": arrangements, "layout": layouts}
 
 
 @app.command()

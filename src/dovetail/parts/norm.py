@@ -95,7 +95,7 @@ class LayerNormModule(Adaptable, nn.LayerNorm):
     "norm",
     "l2",
     oracle="torch.nn.functional.normalize",
-    source="Henry et al. 2020, eq. 3 (QKNorm); Su 2023, kexue.fm/archives/9859 (KeyNorm)",
+    source="Henry et al. 2020, eq. 3 (QKNorm); Su 2023, kexue.fm/archives/9859 (KeyNorm, cosine attention)",
 )
 class L2Norm(Spec):
     """x / |x|, computed in fp32: a direction alone. gain: where a learned factor starts; none unless given.

@@ -54,3 +54,10 @@ def _layers(spec: Any, trained: int | None) -> tuple[int, int]:
             "HWFA needs the trained length", where="the model", remedy="give trained, or the model's context"
         )
     return depth, trained
+
+
+# name: what makes the changes, and where it is from
+ARRANGEMENTS = {
+    "hwfa": (hwfa, "Su 2023, kexue.fm/archives/9603 (HWFA)"),
+    "hwfa_rerope": (hwfa_rerope, "Su 2023, kexue.fm/archives/9731 (HWFA2, HWFA-ReRoPE)"),
+}
