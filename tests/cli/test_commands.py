@@ -75,7 +75,7 @@ def test_list_names_every_part_as_json(run: Run) -> None:
     assert {"llama", "bert", "roformer", "t5", "deberta-v2", "xlnet"} <= {row["kind"] for row in beside["layout"]}
     assert all(row["what"] and row["source"] for rows in beside.values() for row in rows)
     table = run("list", "arrangement")[1]
-    assert "hwfa_rerope" in table and "position" not in table
+    assert "hwfa_rerope" in table and "mixer" not in table
 
 
 def test_list_of_an_unknown_category(run: Run) -> None:
