@@ -21,6 +21,8 @@ def test_adapters_come_on_first_use() -> None:
         "assert 'dovetail.adapters' not in sys.modules and 'dovetail.training' not in sys.modules\n"
         "assert dt.adapters.Lora(rank=4).kind == 'lora' and callable(dt.adapt) and callable(dt.merge)\n"
         "assert 'lora' in dt.registry('adapter')\n"
+        "import dovetail.training, dovetail.report, dovetail.cli.main\n"
+        "assert 'torch._dynamo' not in sys.modules, 'the compiler takes seconds to import'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

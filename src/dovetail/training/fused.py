@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_function, make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -40,6 +38,9 @@ def partitioned(model: nn.Module, live: Any) -> Iterator[None]:
 
 
 def _compiled(block: Any, live: Any, made: dict[Any, Any]) -> Callable[..., Tensor]:
+    from torch._functorch.aot_autograd import aot_function  # with the compiler, two seconds to import
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
     plain = block.forward
     named = dict(block.named_parameters()) | dict(block.named_buffers())
     key = (block.spec, tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in named.items()))
@@ -80,6 +81,8 @@ def _compiled(block: Any, live: Any, made: dict[Any, Any]) -> Callable[..., Tens
 
 
 def _counted(live: Any) -> Callable[..., Any]:
+    from torch._functorch.aot_autograd import make_boxed_func
+
     def compiler(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
         beside = standing(graph)
 

@@ -27,7 +27,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@torch.compiler.assume_constant_result
 def _threads() -> int:
     """A compiler takes what it is when it looks."""
     return torch.get_num_threads()
+
+
+# torch.compiler.assume_constant_result, which says no more, imports the whole compiler: two seconds of every start.
+_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
