@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dovetail.kernels.chunks import ceil_div, roomy
+from dovetail.kernels.chunks import ceil_div, padded, roomy
 from dovetail.kernels.linear_attention import triton as linear
 from dovetail.kernels.linear_attention.chunked import Rows
 from dovetail.kernels.linear_attention.spans import sizes
@@ -183,7 +183,7 @@ class _Call:
     ) -> None:
         """out_i = Σ_{j near i} relu(f a_i·b_j)² c_j + la_i state."""
         tiles, common = self._common("reads", a)
-        columns = min(tiles.columns, linear.padded(self.E))
+        columns = min(tiles.columns, padded(self.E))
         with torch.cuda.device_of(a):
             kernels.reads[(self.B * self.N * ceil_div(self.span, tiles.rows) * ceil_div(self.E, columns),)](
                 a, b, c, la, lb, states, out, *self.places, self.edges[reverse],
@@ -197,7 +197,7 @@ class _Call:
     ) -> None:  # fmt: skip
         """The gradients of a and la in `reads`, of whose output `up` is the gradient."""
         tiles, common = self._common("slopes", a)
-        columns = min(tiles.columns, linear.padded(self.E))
+        columns = min(tiles.columns, padded(self.E))
         with torch.cuda.device_of(a):
             kernels.slopes[(self.B * self.N * ceil_div(self.span, tiles.rows),)](
                 a, b, lb, up, c, states, da, dla, *self.places, self.edges[reverse],
@@ -209,7 +209,7 @@ class _Call:
 
     def _common(self, kernel: str, a: Tensor) -> tuple[Tiles, dict[str, Any]]:
         """The tiles that fit the device and the span, and what both kernels are compiled for."""
-        tiles, wide, longest = TILES[kernel, self.tensor_cores], linear.padded(a.shape[2]), linear.padded(self.span)
+        tiles, wide, longest = TILES[kernel, self.tensor_cores], padded(a.shape[2]), padded(self.span)
         if wide > 128:
             tiles = tiles._replace(rows=max(16, tiles.rows // 2), columns=max(32, tiles.columns // 2))
         if wide > 128 or self.places[0] is not None:

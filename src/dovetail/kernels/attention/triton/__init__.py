@@ -16,8 +16,9 @@ from dovetail.kernels.attention.score import Score
 from dovetail.kernels.attention.triton import few_queries, operator, two_forms
 from dovetail.kernels.attention.triton.sizes import WIDEST
 
-# What these kernels get on CUDA, of what `kind` names, "decode" and "regions": what won where it was measured, or holds
-# O(T) numbers at the speed of what holds O(T²).
+# What these kernels get on CUDA, of what `kind` names, "decode" and "regions". Dilated masks won forward and backward,
+# windows forward (backward by the sweep of their tiles alone); tables hold O(T) numbers at about the speed of a dense mask,
+# which at D64 is still ahead with the backward; regions had no kernel but plain products.
 OWN: tuple[str, ...] = ("table", "window", "dilated", "regions")
 
 
