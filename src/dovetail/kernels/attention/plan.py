@@ -87,6 +87,7 @@ def plan(
 
 _WHY = {
     "table": "a score that depends on the distance: own kernels, whose table is O(T)",
+    "rows": "a score that depends on the query and the distance: own kernels, which read its rows where they lie",
     "documents": "documents or padding: own kernels, which pass over tiles that hold nothing",
     "window": "a mask that is a band of distances: own kernels, which walk its tiles alone",
     "dilated": "a mask of every n-th token: own kernels, to which tokens n apart are a row of their own",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -106,13 +107,40 @@ class Content:
 
 
 @dataclass(frozen=True)
+class RelativeLogits:
+    """A term that depends on the query and on the distance alone (Shaw et al. 2018, eq. 4: q·a_K[d]).
+
+    values: (B,H,T,back+ahead+1), the term of query i at distance d, clipped to [-back, ahead], at d + back. A small product,
+    made and differentiated outside of the attention. axis: position axis it reads.
+    """
+
+    values: Tensor
+    back: int
+    axis: int = 0
+    inside_scale: bool = True
+    tabled: ClassVar[bool] = False
+
+    @property
+    def ahead(self) -> int:
+        return self.values.shape[3] - 1 - self.back
+
+    def dense(self, at: Coords) -> Tensor:
+        """(B,H,T,S)."""
+        index = at.distance(self.axis).clamp(-self.back, self.ahead)[:, None] + self.back
+        return self.values.gather(-1, index.expand(*self.values.shape[:3], -1))
+
+    def rows(self, start: int, stop: int) -> RelativeLogits:
+        return replace(self, values=self.values[:, :, start:stop])
+
+
+@dataclass(frozen=True)
 class Score:
     """scale: replaces 1/sqrt(D) when given. cap: soft cap c·tanh(s/c), after the terms.
 
     value_terms(probabilities, start, stop) -> (B,H,t,Dv) is added to the output (Shaw's second half).
     """
 
-    terms: tuple[Toeplitz | Distance | Content, ...] = ()
+    terms: tuple[Toeplitz | Distance | Content | RelativeLogits, ...] = ()
     scale: float | None = None
     cap: float | None = None
     value_terms: Callable[[Tensor, int, int], Tensor] | None = None
@@ -127,6 +155,12 @@ class Score:
         """Nothing but terms that are functions of the distance along the first axis."""
         return all(t.tabled for t in self.terms) and self.cap is None and self.value_terms is None
 
+    @property
+    def relative(self) -> RelativeLogits | None:
+        """The one term, where there is nothing else and it is a function of the query and the distance along the first axis."""
+        term = self.terms[0] if len(self.terms) == 1 and self.cap is None and self.value_terms is None else None
+        return term if isinstance(term, RelativeLogits) and term.axis == 0 and term.values.shape[3] > 1 else None
+
     def along(self, length: int, scale: float, device: torch.device) -> Tensor:
         """The terms' sum in units of the final score, (H, 2·reach+1): distance d at d + reach. `tabled` scores alone.
 
@@ -135,7 +169,8 @@ class Score:
         ends = [t.reach if isinstance(t, Toeplitz) and t.reach is not None else length - 1 for t in self.terms]
         reach = min(max(ends), length - 1)
         distances = torch.arange(-reach, reach + 1, device=device)
-        lines = [t.along(distances) * (scale if t.inside_scale else 1) for t in self.terms]
+        tabled = [t for t in self.terms if not isinstance(t, RelativeLogits)]
+        lines = [t.along(distances) * (scale if t.inside_scale else 1) for t in tabled]
         return torch.stack(lines).sum(0)
 
     def rows(self, start: int, stop: int) -> Score:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dovetail.kernels.attention.coords import BoundMask, Span
 from dovetail.kernels.attention.score import Score
-from dovetail.kernels.attention.triton import few_queries, operator, two_forms
+from dovetail.kernels.attention.triton import content, few_queries, operator, two_forms
 from dovetail.kernels.attention.triton.sizes import WIDEST
 
 # What these kernels get on CUDA, of what `kind` names, "decode" and "regions". Dilated masks won forward and backward,
@@ -28,6 +28,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, score: Score
         return _dilated(q, k.to(q.dtype), v.to(q.dtype), mask, scale)
     span = _span(mask)
     assert span is not None
+    relative = None if score is None else score.relative
+    if relative is not None:
+        k, v, places = k.to(q.dtype), v.to(q.dtype), _places(mask, span, True)
+        more = (relative.values, relative.back, relative.inside_scale)
+        return content.attend(q, k, v, *more, span, scale, places)[0]
     table = None
     if score is not None and score.terms:
         table = score.along(max(q.shape[2], k.shape[2]), scale, q.device)
@@ -102,11 +107,11 @@ def region_backward(
 
 
 def kind(mask: BoundMask | None, score: Score | None, width: int, dtype: torch.dtype) -> str | None:
-    """Which of "table", "documents", "dilated", "window" and "plain" this is, where the kernels serve it, or None. Static facts alone.
+    """Which of "table", "rows", "documents", "dilated", "window" and "plain" this is, where the kernels serve it, or None. Static facts alone.
 
     Padded and packed rows are served where queries and keys are the same tokens.
     """
-    if width > WIDEST or dtype == torch.float64 or (score is not None and not score.tabled):
+    if width > WIDEST or dtype == torch.float64 or (score is not None and not (score.tabled or score.relative)):
         return None
     if mask is not None and _dilates(mask) and (score is None or not score.terms):
         return "dilated"
@@ -115,7 +120,8 @@ def kind(mask: BoundMask | None, score: Score | None, width: int, dtype: torch.d
     if span is None or not (there or span == Span()):
         return None
     if score is not None and score.terms:
-        return "table" if mask is not None and there and mask.at.in_step else None
+        found = "rows" if score.relative else "table"
+        return found if mask is not None and there and mask.at.in_step else None
     if mask is not None and not mask.at.aligned and span != Span():
         return "documents"
     return "plain" if span[:3] in ((None, None, 0), (None, 0, 0)) else "window"

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dovetail.kernels.attention.triton.tiles import added, entries, looked_up, masked, met, near, places
+from dovetail.kernels.attention.triton.by_row import kept, line, lines, term, term_at
+from dovetail.kernels.attention.triton.tiles import looked_up, masked, met, near, places
 
 
 @triton.jit(do_not_specialize=["heads", "T"])
@@ -40,11 +41,11 @@ def deltas(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _over_keys(  # type: ignore[no-untyped-def]
-    acc, left, right, query, given, level, delta, i, of_i, k, v, k_at, table, beyond, batch, group, first, shift,
-    start, whole, end, stop, S, scale, before, after, sinks, reach,
+    acc, left, right, query, given, level, delta, i, of_i, k, v, k_at, table, d_lines, beyond, batch, group, first, shift,
+    start, whole, end, stop, S, scale, before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
     SIDE: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k of the tiles of keys from start to stop; and where the table ends (FAR) to left and right the ds that are
     `reach` or more away. SIDE: 1 where all are on the left, 2 on the right, 0 where it is to be asked."""
@@ -53,13 +54,13 @@ def _over_keys(  # type: ignore[no-untyped-def]
         key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
         value = v.load([batch, group, other, 0]).reshape([COLUMNS, E])
         if NEAR:
-            more = added(table, other - first + shift, reach, ROWS, COLUMNS, False, ASSEMBLY)
+            more = term(table, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT)
         if FAR and SIDE == 0:
             away = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None] + (other - first + shift)
         if NEAR and PLACED:
             if (tile < whole) | (tile >= end):
                 j, _ = places(k_at, other + tl.arange(0, COLUMNS), S, True)
-                more = entries(table, i[:, None], j[None, :], reach, ASSEMBLY)
+                more = term_at(table, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, CONTENT)
                 if FAR:
                     away = j[None, :] - i[:, None]
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
@@ -81,18 +82,20 @@ def _over_keys(  # type: ignore[no-untyped-def]
             right += tl.sum(ds, 1)
         elif FAR:
             left += tl.sum(tl.where(away <= -reach, ds, 0.0), 1)
-            right += tl.sum(tl.where(away >= reach, ds, 0.0), 1)
+            right += tl.sum(tl.where(away >= onward, ds, 0.0), 1)
+            if CONTENT:
+                kept(d_lines, ds, away, reach, onward, unit)
         acc = tl.dot(ds.to(key.dtype), key, acc=acc, input_precision=PRECISION)
     return acc, left, right
 
 
 @triton.jit
 def _query(  # type: ignore[no-untyped-def]
-    q, k, v, d_q, given, levels, change, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
-    scale, natural, before, after, sinks, reach,
+    q, k, v, d_q, given, levels, change, table, d_table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
+    scale, natural, before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, written; and its part of both ends of the table's gradient, a row each."""
     group, first, shift = head // FAN, block * ROWS, 0
@@ -107,66 +110,74 @@ def _query(  # type: ignore[no-untyped-def]
     else:
         start, whole, end, stop = met(first, S, before, after, ROWS, COLUMNS, BACK, AHEAD)
     lead, begin, close, tail, low, high = start, start, stop, stop, 0.0, 0.0
-    if TABLE:
+    d_lines = d_table
+    if CONTENT:
+        d_lines = lines(d_table, first + tl.arange(0, ROWS), T, reach, onward)
+        table = lines(table, first + tl.arange(0, ROWS), T, reach, onward)
+    elif TABLE:
         table += head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
     if FAR:
-        low, high = tl.load(table - reach), tl.load(table + reach)
+        low, high = line(table - reach, unit, CONTENT), line(table + onward, unit, CONTENT)
         if PLACED:  # what is not seen whole is at any distance
             lead, tail = whole, end
-        begin, close = near(first - shift, reach, lead, tail, ROWS, COLUMNS)
+        begin, close = near(first - shift, reach, onward, lead, tail, ROWS, COLUMNS)
     if SINKS and not PLACED:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-            0, whole, end, tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, d_lines, 0.0, batch, group, first, shift,
+            0, whole, end, tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR and PLACED:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-            start, whole, end, lead, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, d_lines, 0.0, batch, group, first, shift,
+            start, whole, end, lead, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, True, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, low, batch, group, first, shift,
-            lead, whole, end, begin, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, FAR, 1, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, d_lines, low, batch, group, first, shift,
+            lead, whole, end, begin, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, False, FAR, 1, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     acc, left, right = _over_keys(
-        acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-        begin, whole, end, close, S, scale, before, after, sinks, reach,
-        D, E, ROWS, COLUMNS, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+        acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, d_lines, 0.0, batch, group, first, shift,
+        begin, whole, end, close, S, scale, before, after, sinks, reach, onward, unit,
+        D, E, ROWS, COLUMNS, TABLE, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
     )  # fmt: skip
     if FAR:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, high, batch, group, first, shift,
-            close, whole, end, tail, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, FAR, 2, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, d_lines, high, batch, group, first, shift,
+            close, whole, end, tail, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, False, FAR, 2, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR and PLACED:
         acc, left, right = _over_keys(
-            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-            tail, whole, end, stop, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            acc, left, right, query, given, levels, change, i, of_i, k, v, k_at, table, d_lines, 0.0, batch, group, first, shift,
+            tail, whole, end, stop, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, True, FAR, 0, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
+    if CONTENT:
+        within, factor = first + tl.arange(0, ROWS) < T, unit * 0.6931471805599453
+        tl.store(d_lines - reach, (left * factor).to(d_table.dtype.element_ty), mask=within)
+        tl.store(d_lines + onward, (right * factor).to(d_table.dtype.element_ty), mask=within)
     d_q.store([batch, head, first, 0], (acc * natural).to(q.dtype).reshape([1, 1, ROWS, D]))
     return left, right
 
 
 @triton.jit(
     do_not_specialize=[
-        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "before2", "after2", "sinks2",
+        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "onward", "before2", "after2", "sinks2",
     ]
 )  # fmt: skip
 def queries(  # type: ignore[no-untyped-def]
-    q, k, v, d_out, d_q, level, delta, table, d_far, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
-    scale, natural, before, after, sinks, reach, d_q2, q2, k2, cuts2, before2, after2, sinks2,
+    q, k, v, d_out, d_q, level, delta, table, d_table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
+    scale, natural, before, after, sinks, reach, onward, unit, d_q2, q2, k2, cuts2, before2, after2, sinks2,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
     PAIR: tl.constexpr, BACK2: tl.constexpr, AHEAD2: tl.constexpr, SINKS2: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries of one head; and into d_far (2,B·H,tiles) its part of both ends of the table's gradient.
+    """dq of one tile of queries of one head; and into d_table (2,B·H,tiles) its part of both ends of the table's gradient.
     PAIR: of the second form of queries too."""
     blocks = tl.cdiv(T, ROWS)
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -176,42 +187,51 @@ def queries(  # type: ignore[no-untyped-def]
     given = d_out.load([batch, head, first, 0]).reshape([ROWS, E])
     at = row.to(tl.int64) * LENGTH + first + tl.arange(0, ROWS)
     levels, change = tl.load(level + at), tl.load(delta + at)
+    if CONTENT:
+        table += row.to(tl.int64) * T * (reach + onward + 1)
+        d_table += row.to(tl.int64) * T * (reach + onward + 1)
     left, right = _query(
-        q, k, v, d_q, given, levels, change, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
-        scale, natural, before, after, sinks, reach,
-        D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY,
+        q, k, v, d_q, given, levels, change, table, d_table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
+        scale, natural, before, after, sinks, reach, onward, unit,
+        D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY, CONTENT,
     )  # fmt: skip
     if PAIR:
         _query(
-            q2, k2, v, d_q2, given, levels, change, table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block,
+            q2, k2, v, d_q2, given, levels, change, table, d_table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block,
             T, S, scale, natural, before2, after2, sinks2, reach,
-            D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY,
+            D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
-    if FAR:
-        tl.store(d_far + row * blocks + block, tl.sum(left, 0))
-        tl.store(d_far + tl.num_programs(0) + row * blocks + block, tl.sum(right, 0))
+    if FAR and not CONTENT:
+        tl.store(d_table + row * blocks + block, tl.sum(left, 0))
+        tl.store(d_table + tl.num_programs(0) + row * blocks + block, tl.sum(right, 0))
 
 
 @triton.jit
 def _over_queries(  # type: ignore[no-untyped-def]
     d_key, d_value, key, value, j, of_j, q, d_out, q_at, level, delta, table, beyond, batch, head, first, shift,
-    start, whole, end, stop, T, scale, before, after, sinks, reach,
+    start, whole, end, stop, T, scale, before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR: tl.constexpr, BACK: tl.constexpr,
-    AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
 ):  # fmt: skip
-    """Adds pᵀ do and dsᵀ q of the tiles of queries from start to stop; all is turned, (keys, queries)."""
+    """Adds pᵀ do and dsᵀ q of the tiles of queries from start to stop; all is turned, (keys, queries). CONTENT: `beyond`
+    is the distance whose term all keys get, where not NEAR."""
     for tile in tl.range(start, stop):
         other = tile * COLUMNS
         query = q.load([batch, head, other, 0]).reshape([COLUMNS, D])
         given = d_out.load([batch, head, other, 0]).reshape([COLUMNS, E])
         n = other + tl.arange(0, COLUMNS)
         levels, change = tl.load(level + n), tl.load(delta + n)
+        own, less = table, beyond
+        if CONTENT:
+            own = lines(table, n, T, reach, onward)
+            if not NEAR:
+                less = line(own + beyond, unit, True)
         if NEAR:
-            more = added(table, first - other + shift, reach, ROWS, COLUMNS, True, ASSEMBLY)
+            more = term(own, first - other + shift, reach, onward, unit, ROWS, COLUMNS, True, ASSEMBLY, CONTENT)
             if PLACED:
                 if (tile < whole) | (tile >= end):
                     i, _ = places(q_at, n, T, True)
-                    more = entries(table, i[None, :], j[:, None], reach, ASSEMBLY)
+                    more = term_at(own, i[None, :], j[:, None], reach, onward, unit, True, ASSEMBLY, CONTENT)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         dp = tl.dot(value, tl.trans(given), input_precision=PRECISION)
         if NEAR:
@@ -223,7 +243,7 @@ def _over_queries(  # type: ignore[no-untyped-def]
         if NEAR:
             p = tl.exp2(s - levels[None, :])
         else:
-            p = tl.exp2(s * scale - (levels - beyond)[None, :])
+            p = tl.exp2(s * scale - (levels - less)[None, :])
         d_value = tl.dot(p.to(given.dtype), given, acc=d_value, input_precision=PRECISION)
         ds = p * (dp - change[None, :])
         d_key = tl.dot(ds.to(query.dtype), query, acc=d_key, input_precision=PRECISION)
@@ -233,10 +253,10 @@ def _over_queries(  # type: ignore[no-untyped-def]
 @triton.jit
 def _key(  # type: ignore[no-untyped-def]
     d_value, q, k, value, d_out, d_k, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, batch, group,
-    block, T, S, LENGTH, scale, natural, before, after, sinks, reach,
+    block, T, S, LENGTH, scale, natural, before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
 ):  # fmt: skip
     """dk of one tile of keys, written, and what it adds to dv."""
     first, shift = block * ROWS, 0
@@ -255,43 +275,45 @@ def _key(  # type: ignore[no-untyped-def]
     if FAR:
         if PLACED:
             lead, tail = whole, end
-        begin, close = near(first + shift, reach, lead, tail, ROWS, COLUMNS)
+        begin, close = near(first + shift, onward, reach, lead, tail, ROWS, COLUMNS)
     for member in range(FAN):
         head = group * FAN + member
         at = (batch * heads + head).to(tl.int64) * LENGTH
         centre, low, high = table, 0.0, 0.0
-        if TABLE:
+        if CONTENT:
+            centre, low, high = table + (batch * heads + head).to(tl.int64) * T * (reach + onward + 1), -reach, onward
+        elif TABLE:
             centre = table + head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
             if FAR:
                 low, high = tl.load(centre - reach), tl.load(centre + reach)
         if FAR and PLACED:
             d_key, d_value = _over_queries(
                 d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head,
-                first, shift, start, whole, end, lead, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                first, shift, start, whole, end, lead, T, scale, before, after, sinks, reach, onward, unit,
+                D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY, CONTENT,
             )  # fmt: skip
         if FAR:
             d_key, d_value = _over_queries(
                 d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, high, batch, head,
-                first, shift, lead, whole, end, begin, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                first, shift, lead, whole, end, begin, T, scale, before, after, sinks, reach, onward, unit,
+                D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY, CONTENT,
             )  # fmt: skip
         d_key, d_value = _over_queries(
             d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head,
-            first, shift, begin, whole, end, close, T, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+            first, shift, begin, whole, end, close, T, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
         if FAR:
             d_key, d_value = _over_queries(
                 d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, low, batch, head,
-                first, shift, close, whole, end, tail, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                first, shift, close, whole, end, tail, T, scale, before, after, sinks, reach, onward, unit,
+                D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY, CONTENT,
             )  # fmt: skip
         if FAR and PLACED:
             d_key, d_value = _over_queries(
                 d_key, d_value, key, value, j, of_j, q, d_out, q_at, level + at, delta + at, centre, 0.0, batch, head,
-                first, shift, tail, whole, end, stop, T, scale, before, after, sinks, reach,
-                D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY,
+                first, shift, tail, whole, end, stop, T, scale, before, after, sinks, reach, onward, unit,
+                D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, PRECISION, ASSEMBLY, CONTENT,
             )  # fmt: skip
     d_k.store([batch, group, first, 0], (d_key * natural).to(k.dtype).reshape([1, 1, ROWS, D]))
     return d_value
@@ -299,15 +321,15 @@ def _key(  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=[
-        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "before2", "after2", "sinks2",
+        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "onward", "before2", "after2", "sinks2",
     ]
 )  # fmt: skip
 def keys(  # type: ignore[no-untyped-def]
     q, k, v, d_out, d_k, d_v, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, LENGTH,
-    scale, natural, before, after, sinks, reach, d_k2, q2, k2, cuts2, before2, after2, sinks2,
+    scale, natural, before, after, sinks, reach, onward, unit, d_k2, q2, k2, cuts2, before2, after2, sinks2,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
     PAIR: tl.constexpr, BACK2: tl.constexpr, AHEAD2: tl.constexpr, SINKS2: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, from the FAN heads of queries that read it. PAIR: dk of the second form of keys too,
@@ -320,13 +342,13 @@ def keys(  # type: ignore[no-untyped-def]
     d_value = tl.zeros([ROWS, E], tl.float32)
     d_value = _key(
         d_value, q, k, value, d_out, d_k, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, batch,
-        group, block, T, S, LENGTH, scale, natural, before, after, sinks, reach,
-        D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, PLACED, PRECISION, ASSEMBLY,
+        group, block, T, S, LENGTH, scale, natural, before, after, sinks, reach, onward, unit,
+        D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, PLACED, PRECISION, ASSEMBLY, CONTENT,
     )  # fmt: skip
     if PAIR:
         d_value = _key(
             d_value, q2, k2, value, d_out, d_k2, level, delta, table, q_at, k_at, cuts2, q_step, k_step, cut_step, heads,
             batch, group, block, T, S, LENGTH, scale, natural, before2, after2, sinks2, reach,
-            D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, PLACED, PRECISION, ASSEMBLY,
+            D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, PLACED, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     d_v.store([batch, group, block * ROWS, 0], d_value.to(v.dtype).reshape([1, 1, ROWS, E]))

@@ -17,16 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dovetail.kernels.attention.triton.tiles import added, entries, looked_up, masked, met, near, places
+from dovetail.kernels.attention.triton.by_row import line, lines, term, term_at
+from dovetail.kernels.attention.triton.tiles import looked_up, masked, met, near, places
 
 
 @triton.jit
 def _walk(  # type: ignore[no-untyped-def]
     acc, top, total, query, i, of_i, k, v, k_at, table, beyond, batch, group, first, shift, start, whole, end, stop, S,
-    scale, before, after, sinks, reach,
+    scale, before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR: tl.constexpr, BACK: tl.constexpr,
     AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from start to stop, whole ones between `whole` and `end`. NEAR: the table adds to each score its entry,
     and otherwise to all alike `beyond`. i, of_i: order and segment of the queries, `first` the index of the first."""
@@ -34,11 +35,11 @@ def _walk(  # type: ignore[no-untyped-def]
         other = tile * COLUMNS
         key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
         if NEAR:  # before the product, so that both are on the way together
-            more = added(table, other - first + shift, reach, ROWS, COLUMNS, False, ASSEMBLY)
+            more = term(table, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT)
             if PLACED:
                 if (tile < whole) | (tile >= end):
                     j, _ = places(k_at, other + tl.arange(0, COLUMNS), S, True)
-                    more = entries(table, i[:, None], j[None, :], reach, ASSEMBLY)
+                    more = term_at(table, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, CONTENT)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if NEAR:
             s = s * scale + more
@@ -66,10 +67,10 @@ def _walk(  # type: ignore[no-untyped-def]
 @triton.jit
 def _keys(  # type: ignore[no-untyped-def]
     acc, top, total, q, k, v, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
-    before, after, sinks, reach,
+    before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
 ):  # fmt: skip
     """All keys that a tile of queries sees."""
     group, first, shift = head // FAN, block * ROWS, 0
@@ -81,67 +82,70 @@ def _keys(  # type: ignore[no-untyped-def]
     else:
         start, whole, end, stop = met(first, S, before, after, ROWS, COLUMNS, BACK, AHEAD)
     lead, begin, close, tail, left, right = start, start, stop, stop, 0.0, 0.0
-    if TABLE:
+    if CONTENT:
+        table = lines(table, first + tl.arange(0, ROWS), T, reach, onward)
+    elif TABLE:
         table += head.to(tl.int64) * (2 * (reach + PAD) + 1) + reach + PAD
     if FAR:
-        left, right = tl.load(table - reach), tl.load(table + reach)
+        left, right = line(table - reach, unit, CONTENT), line(table + onward, unit, CONTENT)
         if PLACED:  # what is not seen whole is at any distance
             lead, tail = whole, end
-        begin, close = near(first - shift, reach, lead, tail, ROWS, COLUMNS)
+        begin, close = near(first - shift, reach, onward, lead, tail, ROWS, COLUMNS)
     if SINKS and not PLACED:
         acc, top, total = _walk(
             acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-            0, whole, end, tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            0, whole, end, tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR and PLACED:
         acc, top, total = _walk(
             acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-            start, whole, end, lead, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            start, whole, end, lead, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR:
         acc, top, total = _walk(
             acc, top, total, query, i, of_i, k, v, k_at, table, left, batch, group, first, shift,
-            lead, whole, end, begin, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            lead, whole, end, begin, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-        begin, whole, end, close, S, scale, before, after, sinks, reach,
-        D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+        begin, whole, end, close, S, scale, before, after, sinks, reach, onward, unit,
+        D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
     )  # fmt: skip
     if FAR:
         acc, top, total = _walk(
             acc, top, total, query, i, of_i, k, v, k_at, table, right, batch, group, first, shift,
-            close, whole, end, tail, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            close, whole, end, tail, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR and PLACED:
         acc, top, total = _walk(
             acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
-            tail, whole, end, stop, S, scale, before, after, sinks, reach,
-            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY,
+            tail, whole, end, stop, S, scale, before, after, sinks, reach, onward, unit,
+            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     return acc, top, total
 
 
 @triton.jit(
     do_not_specialize=[
-        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "before2", "after2", "sinks2",
+        "q_step", "k_step", "cut_step", "heads", "T", "S", "before", "after", "sinks", "reach", "onward", "before2", "after2", "sinks2",
     ]
 )  # fmt: skip
 def attend(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, scale, before, after, sinks, reach,
+    q, k, v, out, lse, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, scale, before, after, sinks, reach, onward, unit,
     q2, k2, cuts2, before2, after2, sinks2,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
     PAIR: tl.constexpr, BACK2: tl.constexpr, AHEAD2: tl.constexpr, SINKS2: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. q, k, v, out: descriptors of (B,heads,T,D) and so on. lse (B,H,T), natural.
 
     scale: with log2(e). table (H, 2·(reach + PAD) + 1), with log2(e), by distance. FAR: whether some are beyond its reach.
+    CONTENT: table (B,H,T,reach+onward+1) has a row a query, in units of `unit` (`by_row`).
     PLACED: tokens have places (B|1,2,T), order and segment, and steps lead from row to row of them and of their `cuts`.
     PAIR: the same tokens have queries and keys in a second form too, in which they see each other within other bounds.
     """
@@ -152,16 +156,18 @@ def attend(  # type: ignore[no-untyped-def]
     acc = tl.zeros([ROWS, E], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = total - float("inf")
+    if CONTENT:
+        table += row.to(tl.int64) * T * (reach + onward + 1)
     acc, top, total = _keys(
         acc, top, total, q, k, v, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
-        before, after, sinks, reach, D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED,
-        PRECISION, ASSEMBLY,
+        before, after, sinks, reach, onward, unit, D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED,
+        PRECISION, ASSEMBLY, CONTENT,
     )  # fmt: skip
     if PAIR:
         acc, top, total = _keys(
             acc, top, total, q2, k2, v, table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block, T, S, scale,
             before2, after2, sinks2, reach, D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED,
-            PRECISION, ASSEMBLY,
+            PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     first = block * ROWS
     n = first + tl.arange(0, ROWS)

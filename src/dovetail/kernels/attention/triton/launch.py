@@ -40,20 +40,29 @@ class Second(NamedTuple):
     span: Span
 
 
+class Content(NamedTuple):
+    """What is added to the score of query i and a key at distance d: factor · values[..., i, d + back], values (B,H,T,W); at
+    the ends, what is there and beyond."""
+
+    values: Tensor
+    back: int
+    factor: float
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span, scale: float,
-    second: Second | None = None,
+    second: Second | None = None, content: Content | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B,H,T,E) in q's type and lse (B,H,T) in fp32. table (H,2·reach+1). places: None where a row is one segment."""
     (B, H, T, _), E = q.shape, v.shape[3]
     q, k, v = dense(q), dense(k), dense(v)
     out, lse = like(q, H, E), q.new_empty(B, H, T, dtype=torch.float32)
-    asked = _Asked(q, k, v, table, places, span, second)
+    asked = _Asked(q, k, v, table, places, span, second, content)
     cut = asked.tiles("attend")
     with torch.cuda.device_of(q):
         ahead.attend[(ceil_div(T, cut.rows) * B * H,)](
             described(q, cut.rows), described(k, cut.columns), described(v, cut.columns), described(out, cut.rows),
-            lse, asked.table, *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.second(cut),
+            lse, asked.table, *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.terms, *asked.second(cut),
             EVEN=k.shape[2] % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
     return out, lse
@@ -61,13 +70,13 @@ def forward(
 
 def backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places,
-    out: Tensor, lse: Tensor, span: Span, scale: float, second: Second | None = None,
+    out: Tensor, lse: Tensor, span: Span, scale: float, second: Second | None = None, content: Content | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v and the table (in fp32; empty without one), and of the second q and k if there are any. out,
-    lse: the forward's, or those of a softmax over more keys than k, of which this is the part (`regions.merge`)."""
+    """Gradients of q, k, v and the table (in fp32; empty without one) or the content's values, and of the second q and k if
+    there are any. out, lse: the forward's, or those of a softmax over more keys than k, of which this is the part (`regions.merge`)."""
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
-    asked = _Asked(q, k, v, table, places, span, second)
+    asked = _Asked(q, k, v, table, places, span, second, content)
     d_q, d_k, d_v = like(q, H, D), like(k, G, D), like(v, G, E)
     d_second = () if second is None else (like(q, H, D), like(k, G, D))
     d_q2, d_k2 = d_second or (None, None)
@@ -83,19 +92,25 @@ def backward(
         back.keys[(ceil_div(S, cut.rows) * B * G,)](
             described(q, cut.columns), described(k, cut.rows), described(v, cut.rows), described(d_out, cut.columns),
             described(d_k, cut.rows), described(d_v, cut.rows), level, delta, asked.table, *asked.placed(cut, turned=True),
-            H, T, S, length, scale * LOG2E, scale, *asked.bounds, None if d_k2 is None else described(d_k2, cut.rows),
+            H, T, S, length, scale * LOG2E, scale, *asked.bounds, *asked.terms,
+            None if d_k2 is None else described(d_k2, cut.rows),
             *asked.second(cut, turned=True), **asked.common(cut),
         )  # fmt: skip
         cut = asked.tiles("queries")
         blocks = ceil_div(T, cut.rows)
         ends = q.new_empty(2, B * H, blocks, dtype=torch.float32) if asked.far else None
+        if asked.table is not None and content is not None:
+            ends = torch.zeros_like(asked.table)  # all of its gradient; what no pair reads stays zero
         back.queries[(blocks * B * H,)](
             described(q, cut.rows), described(k, cut.columns), described(v, cut.columns), described(d_out, cut.rows),
             described(d_q, cut.rows), level, delta, asked.table, ends, *asked.placed(cut),
-            H, T, S, length, scale * LOG2E, scale, *asked.bounds,
+            H, T, S, length, scale * LOG2E, scale, *asked.bounds, *asked.terms,
             None if d_q2 is None else described(d_q2, cut.rows), *asked.second(cut),
             EVEN=S % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
+        if content is not None:
+            assert ends is not None
+            return d_q, d_k, d_v, ends
         if table is None:
             return d_q, d_k, d_v, q.new_empty(0, dtype=torch.float32), *d_second
         d_table = _diagonals(asked, q, k, v, d_out, level, delta, scale)
@@ -145,7 +160,7 @@ def _diagonals(
     return d_table
 
 
-_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2")  # nothing to walks of diagonals
+_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2", "CONTENT")  # nothing to walks of diagonals
 
 
 class _Asked:
@@ -153,7 +168,7 @@ class _Asked:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span,
-        second: Second | None = None,
+        second: Second | None = None, content: Content | None = None,
     ):  # fmt: skip
         self.other = None if second is None else Second(dense(second.q), dense(second.k), second.span)
         self.places, self.span, self.fan, self.dtype = places, span, q.shape[1] // k.shape[1], q.dtype
@@ -164,13 +179,20 @@ class _Asked:
         if table is not None:
             line = table.detach().to(torch.float32)[None] * LOG2E
             self.table = F.pad(line, (PAD, PAD), mode="replicate")[0].contiguous()
+        self.content, onward, unit = content is not None, self.reach, 1.0
+        if content is not None:
+            self.table, self.reach, self.far = content.values.detach().contiguous(), content.back, True
+            onward, unit = content.values.shape[3] - 1 - self.reach, content.factor * LOG2E
         self.bounds = (span.before or 0, span.after or 0, span.sinks, self.reach)
+        self.terms = (onward, unit)
         self.roomy = roomy(q.device)
 
     def tiles(self, kernel: str) -> sizes.Tiles:
         """Those of `sizes`, for this call."""
         named = kernel
-        if self.table is not None:
+        if self.content:
+            named = f"{kernel} rows"
+        elif self.table is not None:
             named = f"{kernel} table"
         elif self.other is not None:
             named = f"{kernel} pair"
@@ -221,7 +243,7 @@ class _Asked:
         return {
             "D": self.D, "E": self.E, "ROWS": cut.rows, "COLUMNS": cut.columns, "FAN": self.fan, "PAD": PAD,
             "BACK": self.span.before is not None, "AHEAD": self.span.after is not None, "SINKS": self.span.sinks > 0,
-            "TABLE": self.table is not None, "FAR": self.far, "PLACED": self.places is not None, "PRECISION": PRECISION, "ASSEMBLY": _assembly(),
+            "TABLE": self.table is not None, "FAR": self.far, "PLACED": self.places is not None, "PRECISION": PRECISION, "ASSEMBLY": _assembly(), "CONTENT": self.content,
             "PAIR": self.other is not None, "BACK2": other.before is not None, "AHEAD2": other.after is not None, "SINKS2": other.sinks > 0,
             "num_warps": cut.warps, "num_stages": cut.stages,
         }  # fmt: skip

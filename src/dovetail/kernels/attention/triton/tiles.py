@@ -33,11 +33,12 @@ def met(first, length, before, after, TILE: tl.constexpr, STEP: tl.constexpr, BA
 
 
 @triton.jit
-def near(first, reach, start, stop, TILE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of the tiles from start to stop hold a distance below `reach`: before those, and behind, it is no less."""
+def near(first, reach, onward, start, stop, TILE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of the tiles from start to stop hold a distance between -reach and onward, both left out: those before hold none
+    beyond the one, those behind none below the other. (Of queries that keys meet, with both exchanged.)"""
     begin = tl.maximum(first - reach + 1, 0) // STEP
     begin = tl.minimum(tl.maximum(begin, start), stop)
-    end = tl.cdiv(first + TILE - 1 + reach, STEP)
+    end = tl.cdiv(tl.maximum(first + TILE - 1 + onward, 0), STEP)
     return begin, tl.minimum(tl.maximum(end, begin), stop)
 
 
