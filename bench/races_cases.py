@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dovetail.kernels import contrastive as losses
 from dovetail.kernels import legs_recurrence as legs
-from dovetail.kernels.attention import Both, BoundMask, Coords, Distance, Score, Side, Toeplitz
+from dovetail.kernels.attention import Both, BoundMask, Coords, Distance, RelativeLogits, Score, Side, Toeplitz
 from dovetail.kernels.linear_attention import operator as linear_operator
 from dovetail.kernels.linear_attention.chunked import Rows
 from dovetail.kernels.mixed_chunk import Heads
@@ -63,6 +63,18 @@ def attention(dtype: torch.dtype, rule: Mask, score: str = "", packed: bool = Fa
     }
     mask, leaves = context(T, packed).bind(rule), [q, k, v, *([learned] if score else [])]
     return lambda: differentiated([triton.attend(q, k, v, mask, scores[score], 0.1)], leaves)
+
+
+def by_query(rule: Mask, packed: bool = False, back: int = 16, ahead: int = 16, D: int = 64) -> Run:
+    """Scores with a term by query and distance."""
+    from dovetail.kernels.attention import triton
+
+    torch.manual_seed(0)
+    T = 300 // SHORT
+    q, k, v = heads(T, 4, D, NARROW), heads(T, 2, D, NARROW), heads(T, 2, D, NARROW)
+    values = torch.randn(2, 4, T, back + ahead + 1, device=DEVICE).to(NARROW).requires_grad_()
+    mask, score = context(T, packed).bind(rule), Score((RelativeLogits(values, back),))
+    return lambda: differentiated([triton.attend(q, k, v, mask, score, 0.1)], [q, k, v, values])
 
 
 def two_forms(dtype: torch.dtype, packed: bool) -> Run:
@@ -230,6 +242,9 @@ CASES: dict[str, Callable[[], Run]] = {
     "attention table": lambda: attention(NARROW, Full(), "table"),
     "attention function": lambda: attention(NARROW, Causal(), "function"),
     "attention documents": lambda: attention(NARROW, Causal(), "table", packed=True),
+    "attention rows": lambda: by_query(Full()),
+    "attention rows wide": lambda: by_query(SINKS, ahead=0, D=128),
+    "attention rows documents": lambda: by_query(Causal(), packed=True, back=100),
     "attention two forms": lambda: two_forms(NARROW, False),
     "attention two forms packed": lambda: two_forms(NARROW, True),
     "attention few queries": lambda: few_queries(NARROW),

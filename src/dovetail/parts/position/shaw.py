@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Content, Coords, Score
+from dovetail.kernels.attention import Coords, RelativeLogits, Score
 from dovetail.parts.context import Context
 from dovetail.parts.position.base import PositionModule, head_width, refuse_cross
 from dovetail.parts.weights import Lookup
@@ -58,21 +57,18 @@ class ShawModule(PositionModule):
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         keys, values = (None if table is None else table.matrix() for table in (self.keys, self.values))
+        terms = () if keys is None else (RelativeLogits(q.transpose(1, 2) @ keys.T, self.clip),)
+        if values is None:
+            return Score(terms)
         # (B|1,1,T,S): the row of each pair
         index = ctx.once(
             ("shaw", self.clip, self.ahead, id(at)),
             lambda: at.distance().clamp(-self.clip, self.ahead)[:, None] + self.clip,
         )
 
-        def key_term(start: int, stop: int) -> Tensor:
-            term = torch.einsum("bthd,rd->bhtr", q[:, start:stop], keys)
-            return term.gather(-1, index[:, :, start:stop].expand(*term.shape[:3], -1))
-
         def value_term(p: Tensor, start: int, stop: int) -> Tensor:
             rows = index[:, :, start:stop].expand_as(p)
-            assert values is not None
             share = p.new_zeros(*p.shape[:3], values.shape[0]).scatter_add(-1, rows, p)
             return share @ values.to(p.dtype)
 
-        terms = () if keys is None else (Content(key_term, q.shape[1]),)
-        return Score(terms, value_terms=None if values is None else value_term)
+        return Score(terms, value_terms=value_term)

@@ -190,6 +190,8 @@ def queries(  # type: ignore[no-untyped-def]
     if CONTENT:
         table += row.to(tl.int64) * T * (reach + onward + 1)
         d_table += row.to(tl.int64) * T * (reach + onward + 1)
+    else:
+        onward = reach
     left, right = _query(
         q, k, v, d_q, given, levels, change, table, d_table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S,
         scale, natural, before, after, sinks, reach, onward, unit,
@@ -198,7 +200,7 @@ def queries(  # type: ignore[no-untyped-def]
     if PAIR:
         _query(
             q2, k2, v, d_q2, given, levels, change, table, d_table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block,
-            T, S, scale, natural, before2, after2, sinks2, reach,
+            T, S, scale, natural, before2, after2, sinks2, reach, onward, unit,
             D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     if FAR and not CONTENT:
@@ -340,6 +342,8 @@ def keys(  # type: ignore[no-untyped-def]
     batch, group = row // groups, row % groups
     value = v.load([batch, group, block * ROWS, 0]).reshape([ROWS, E])
     d_value = tl.zeros([ROWS, E], tl.float32)
+    if not CONTENT:
+        onward = reach
     d_value = _key(
         d_value, q, k, value, d_out, d_k, level, delta, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, batch,
         group, block, T, S, LENGTH, scale, natural, before, after, sinks, reach, onward, unit,
@@ -348,7 +352,7 @@ def keys(  # type: ignore[no-untyped-def]
     if PAIR:
         d_value = _key(
             d_value, q2, k2, value, d_out, d_k2, level, delta, table, q_at, k_at, cuts2, q_step, k_step, cut_step, heads,
-            batch, group, block, T, S, LENGTH, scale, natural, before2, after2, sinks2, reach,
+            batch, group, block, T, S, LENGTH, scale, natural, before2, after2, sinks2, reach, onward, unit,
             D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, PLACED, PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     d_v.store([batch, group, block * ROWS, 0], d_value.to(v.dtype).reshape([1, 1, ROWS, E]))

@@ -84,7 +84,12 @@ def _entry(entry, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
     if ASSEMBLY:
         if entry.dtype.element_ty.primitive_bitwidth == 16:
             found = tl.inline_asm_elementwise(
-                "ld.global.nc.b16 $0, [$1];", "=h,l", [entry.to(tl.int64)], dtype=entry.dtype.element_ty, is_pure=True, pack=1
+                "ld.global.nc.b16 $0, [$1];",
+                "=h,l",
+                [entry.to(tl.int64)],
+                dtype=entry.dtype.element_ty,
+                is_pure=True,
+                pack=1,
             )
         else:
             found = tl.inline_asm_elementwise(

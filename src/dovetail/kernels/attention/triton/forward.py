@@ -158,6 +158,8 @@ def attend(  # type: ignore[no-untyped-def]
     top = total - float("inf")
     if CONTENT:
         table += row.to(tl.int64) * T * (reach + onward + 1)
+    else:
+        onward = reach
     acc, top, total = _keys(
         acc, top, total, q, k, v, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
         before, after, sinks, reach, onward, unit, D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED,
@@ -166,7 +168,7 @@ def attend(  # type: ignore[no-untyped-def]
     if PAIR:
         acc, top, total = _keys(
             acc, top, total, q2, k2, v, table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block, T, S, scale,
-            before2, after2, sinks2, reach, D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED,
+            before2, after2, sinks2, reach, onward, unit, D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED,
             PRECISION, ASSEMBLY, CONTENT,
         )  # fmt: skip
     first = block * ROWS

@@ -160,7 +160,17 @@ def _diagonals(
     return d_table
 
 
-_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2", "CONTENT")  # nothing to walks of diagonals
+_WALKED = (
+    "ROWS",
+    "COLUMNS",
+    "TABLE",
+    "PLACED",
+    "PAIR",
+    "BACK2",
+    "AHEAD2",
+    "SINKS2",
+    "CONTENT",
+)  # nothing to walks of diagonals
 
 
 class _Asked:
