@@ -17,6 +17,7 @@ from dovetail.kernels.attention import (
     Distance,
     Plan,
     Region,
+    RelativeLogits,
     Score,
     Side,
     Span,
@@ -27,13 +28,14 @@ from dovetail.kernels.attention import (
     regions,
     triton,
 )
-from dovetail.kernels.attention.triton import operator, sizes
+from dovetail.kernels.attention.triton import content, operator, sizes
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
 from dovetail.parts.mask import Band, Beyond, Causal, Dilated, Document, Full, Globals, Mask, Prefix, Window
 from dovetail.parts.position.base import PositionModule
 from dovetail.parts.position.biases import Alibi, Kerple, Sandwich
 from dovetail.parts.position.relative import T5Buckets
+from dovetail.parts.position.shaw import Shaw
 from dovetail.spec import Slot, Spec
 
 pytest.importorskip("triton")
@@ -73,9 +75,21 @@ def scores(kind: str | None, T: int) -> tuple[list[Tensor], list[Score | None]]:
     ]
 
 
-def compare(inputs: list[Tensor], mask: BoundMask, kind: str | None = None) -> None:
+Ends = tuple[int, int]
+
+
+def relative(ends: Ends, q: Tensor) -> tuple[list[Tensor], list[Score | None]]:
+    """As `scores`: a term by query and distance, that ends so far behind queries and ahead; in units of the product, where
+    that is no less than ahead."""
+    learned = torch.randn(*q.shape[:3], sum(ends) + 1, device=DEVICE).to(q.dtype).requires_grad_()
+    both = [learned, learned.detach().double().requires_grad_()]
+    return both, [Score((RelativeLogits(w, ends[0], inside_scale=ends[0] >= ends[1]),)) for w in both]
+
+
+def compare(inputs: list[Tensor], mask: BoundMask, kind: str | Ends | None = None) -> None:
     """Output and gradients of q, k, v and what the score learns."""
-    learned, (score, wide_score) = scores(kind, inputs[0].shape[2])
+    q = inputs[0]
+    learned, (score, wide_score) = relative(kind, q) if isinstance(kind, tuple) else scores(kind, q.shape[2])
     wide = [t.detach().double().requires_grad_() for t in inputs]
     out = triton.attend(*inputs, mask, score, SCALE)
     plain = reference.attend(*wide, mask, wide_score, SCALE)[0]
@@ -102,11 +116,18 @@ def compare(inputs: list[Tensor], mask: BoundMask, kind: str | None = None) -> N
         (Band(before=4, after=20), None, 53, 1, 16, 16, torch.float32),
         (Beyond(size=18), None, 53, 2, 16, 16, torch.float32),
         (Causal(), "table", 1, 2, 16, 16, torch.float32),
+        (Full(), (3, 9), 53, 1, 16, 20, torch.float32),
+        (Full(), (30, 20), 70, 2, 16, 16, torch.float32),
+        (Causal(), (100, 100), 37, 2, 16, 16, torch.float32),
+        (Causal(), (1, 0), 48, 1, 20, 16, NARROW),
+        (SINKS, (7, 0), 53, 1, 16, 16, torch.float32),
+        (Band(before=4, after=20), (6, 25), 53, 1, 16, 16, torch.float32),
+        (Full(), (0, 4), 1, 2, 16, 16, torch.float32),
     ],
     ids=lambda x: getattr(x, "kind", str(x)),
 )
 def test_kernels_equal_the_plain_twin(
-    rule: Mask, kind: str | None, T: int, G: int, D: int, E: int, dtype: torch.dtype
+    rule: Mask, kind: str | Ends | None, T: int, G: int, D: int, E: int, dtype: torch.dtype
 ) -> None:
     compare(given(T, G, D, E, dtype), bound(rule, T), kind)
 
@@ -116,10 +137,12 @@ def test_kernels_equal_the_plain_twin(
     [
         (Full(), "table"),
         (SINKS, "function"),
+        (Full(), (5, 12)),
+        (SINKS, (20, 0)),
     ],
     ids=lambda x: getattr(x, "kind", str(x)),
 )
-def test_documents_and_padding(rule: Mask, kind: str) -> None:
+def test_documents_and_padding(rule: Mask, kind: str | Ends) -> None:
     """A row of documents that begin anywhere, and one that is padded on the left; both with padding inside."""
     T = 64
     real = torch.ones(2, T, dtype=torch.bool)
@@ -226,6 +249,50 @@ def test_the_operation_keeps_its_promises() -> None:
         )
 
 
+def test_the_operation_with_rows_keeps_its_promises() -> None:
+    q, k, v = given(16, 1, 16, 16, torch.float32)
+    values = torch.randn(1, H, 16, 6, device=DEVICE).requires_grad_()
+    torch.library.opcheck(
+        content._forward.op,
+        (q, k, v, values, None, None, None, 0, 0, SCALE, 5, SCALE),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+    def step(*inputs: Tensor) -> list[Tensor]:
+        return list(content.attend(*inputs, 5, True, Span(after=0), SCALE))
+
+    both, inputs = [], (q, k, v, values)
+    for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
+        outs = run(*inputs)
+        both.append([*outs, *torch.autograd.grad(sum(t.square().sum() for t in outs), inputs)])  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_shaws_keys_are_served(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the module: its term goes to the kernels, with gradients to its vectors and to the queries; values do not."""
+    slot, rule = Slot(dim=16, heads=H, head_dim=16, causal=causal, init=Normal()), Causal() if causal else Full()
+    module = Shaw(clip=4, terms=("key",)).build(slot).to(DEVICE)
+    assert isinstance(module, PositionModule)
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    inputs, ctx = given(40, 1, 16, 16, torch.float32), Context.of(1, 40, torch.device(DEVICE))
+    mask, found = ctx.bind(rule), []
+    for path in ("triton", "sdpa"):
+        monkeypatch.setattr("dovetail.kernels.attention.plan", lambda path=path, **_: Plan(path, "asked for"))
+        q = inputs[0].transpose(1, 2)
+        score = module.score(q, q, ctx.coords, ctx, lambda *_: None)
+        assert triton.kind(mask, score, 16, FP32) == "rows"
+        out = attend(*inputs, mask=mask, score=score, scale=SCALE)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    both = Shaw(clip=4).build(slot).to(DEVICE)
+    assert isinstance(both, PositionModule)
+    score = both.score(q, q, ctx.coords, ctx, lambda *_: None)
+    assert triton.kind(mask, score, 16, FP32) is None
+
+
 SPANS: list[tuple[Mask, Span | None]] = [
     (Full(), Span()),
     (Causal() & Document(), Span(after=0, apart=True)),
@@ -307,6 +374,12 @@ def test_plan_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path(ctx, Causal(), table, device="cpu") == path(ctx, Causal(), table, width=256) == "sdpa"
     assert path(ctx, Causal(), Score(table.terms, cap=2.0)) == "tiled"  # type: ignore[union-attr]
     assert path(ctx, Causal() & Window(size=30) & Dilated(step=2), None) == "triton"
+    rows = Score((RelativeLogits(torch.zeros(2, H, 64, 9), 4),))
+    assert path(ctx, Causal(), rows) == path(padded, Causal(), rows) == "sdpa"
+    monkeypatch.setattr(triton, "OWN", ("rows",))
+    assert path(ctx, Causal(), rows) == path(padded, SINKS, rows) == "triton"
+    assert path(elsewhere, Causal(), rows) == path(ctx, Causal(), Score((*rows.terms, *rows.terms))) == "sdpa"
+    assert path(ctx, Causal(), Score(rows.terms, cap=2.0)) == "tiled"
     monkeypatch.setattr(triton, "OWN", ())
     assert path(ctx, Causal(), table) == path(ctx, SINKS, None) == "sdpa"
 

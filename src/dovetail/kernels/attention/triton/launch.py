@@ -160,17 +160,8 @@ def _diagonals(
     return d_table
 
 
-_WALKED = (
-    "ROWS",
-    "COLUMNS",
-    "TABLE",
-    "PLACED",
-    "PAIR",
-    "BACK2",
-    "AHEAD2",
-    "SINKS2",
-    "CONTENT",
-)  # nothing to walks of diagonals
+# nothing to walks of diagonals
+_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2", "CONTENT")
 
 
 class _Asked:

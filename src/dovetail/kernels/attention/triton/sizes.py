@@ -30,12 +30,12 @@ NARROW: dict[str, dict[int, Tiles]] = {
     "queries band": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2)},
     "queries pair": {64: Tiles(64, 32, 4, 3), 128: Tiles(64, 64, 4, 2)},
     "queries table": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2)},
-    "queries rows": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2)},
+    "queries rows": {64: Tiles(64, 32, 4, 3), 128: Tiles(64, 32, 4, 2)},
     "keys": {64: Tiles(64, 64, 4, 3), 128: Tiles(128, 64, 8, 3)},
     "keys band": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 3)},
     "keys pair": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 3)},
     "keys table": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 3)},
-    "keys rows": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 3)},
+    "keys rows": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 2)},
     "diagonals table": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3)},
 }
 WIDE = Tiles(64, 32, 4, 1)  # of fp32, whose factors are three each on tensor cores, made in registers
