@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[int, list[Case]]] = {
     "band": {n: [Case(1, 16, 32768, n, window=512), Case(1, 16, 32768, n, window=4096)] for n in (64, 128)},
     "pair": {n: [Case(4, 16, 4096, n)] for n in (64, 128)},
     "table": {n: [Case(4, 16, 4096, n, False, "t5"), Case(4, 16, 4096, n, False, "alibi")] for n in (64, 128)},
+    "rows": {n: [Case(4, 16, 4096, n, False, "rows 16"), Case(4, 16, 4096, n, False, "rows 512")] for n in (64, 128)},
 }
 Job = tuple[str, int, Choice]
 
@@ -60,8 +61,10 @@ def one(job: Job, case: Case) -> Callable[[], Any]:
     kernel, _, asked = name.partition(" ")
     sizes.NARROW[name][width] = sizes.Tiles(*choice)
     q, k, v = (t.detach() for t in inputs(case.B, case.T, (case.H, case.H, case.H), (case.D, case.D), BF16))
-    span, made = case.rule.span(), scored(case.score, learned(case.score, case.H), case.H)
-    table = None if made is None else made.along(case.T, 1.0, q.device).detach()
+    span, made = case.rule.span(), scored(case.score, learned(case.score, case.H, case.B, case.T), case.H)
+    rows = None if made is None else made.relative
+    content = None if rows is None else launch.Content(rows.values, rows.back, 1.0)
+    table = None if made is None or content is not None else made.along(case.T, 1.0, q.device).detach()
     assert span is not None
     second: launch.Second | None = None
     if asked == "pair":
@@ -70,10 +73,10 @@ def one(job: Job, case: Case) -> Callable[[], Any]:
         ]
         span, second = Span(NEAR - 1, 0), launch.Second(other[0], other[1], Span(None, -NEAR))
     if kernel == "attend":
-        return lambda: launch.forward(q, k, v, table, None, span, case.D**-0.5, second)
-    out, lse = launch.forward(q, k, v, table, None, span, case.D**-0.5, second)
+        return lambda: launch.forward(q, k, v, table, None, span, case.D**-0.5, second, content)
+    out, lse = launch.forward(q, k, v, table, None, span, case.D**-0.5, second, content)
     up = torch.randn_like(out)
-    return lambda: launch.backward(up, None, q, k, v, table, None, out, lse, span, case.D**-0.5, second)
+    return lambda: launch.backward(up, None, q, k, v, table, None, out, lse, span, case.D**-0.5, second, content)
 
 
 def compiled(job: Job) -> str:

@@ -23,6 +23,7 @@ from dovetail.kernels.attention import (
     BoundMask,
     Distance,
     Region,
+    RelativeLogits,
     Score,
     Toeplitz,
     plan,
@@ -55,16 +56,20 @@ CHECKS: list[Check] = [
     (BF16, 1500, 4, 4, 64, 64, SINKS, "kerple"), (torch.float16, 1000, 4, 4, 64, 64, Causal(), "t5"),
     (FP32, 500, 4, 2, 64, 64, Causal(), "t5"), (FP32, 500, 4, 4, 64, 64, Full(), "kerple"),
     (FP32, 500, 4, 4, 128, 128, Causal() & Window(size=100), ""),
+    (BF16, 1024, 4, 4, 64, 64, Full(), "rows 16"), (BF16, 1000, 4, 2, 64, 64, Causal(), "rows 512"),
+    (BF16, 1000, 4, 2, 128, 128, Full(), "rows 100"), (BF16, 1500, 4, 4, 128, 128, SINKS, "rows 16"),
+    (torch.float16, 1000, 4, 4, 64, 64, Causal(), "rows 16"), (FP32, 500, 4, 2, 64, 64, Full(), "rows 40"),
 ]  # fmt: skip
 PLACED: list[Check] = [  # padded, and in documents
     (BF16, 1500, 4, 2, 64, 64, Causal(), ""), (BF16, 1500, 4, 4, 128, 128, Causal() & Window(size=300), ""),
     (BF16, 1500, 4, 4, 64, 64, Full(), "t5"), (BF16, 1500, 4, 4, 64, 64, Causal(), "kerple"),
-    (FP32, 500, 4, 4, 64, 64, Causal(), "t5"),
+    (FP32, 500, 4, 4, 64, 64, Causal(), "t5"), (BF16, 1500, 4, 2, 64, 64, Full(), "rows 16"),
+    (BF16, 1500, 4, 4, 128, 128, Causal(), "rows 300"),
 ]  # fmt: skip
 
 
 class Case(NamedTuple):
-    """One shape that is timed. score: "", "t5", "alibi"; window: 0 for none; causal or full; documents: packed in a row."""
+    """One shape that is timed. score: "", "t5", "alibi", "rows N"; window: 0 for none; causal or full; documents: packed in a row."""
 
     B: int
     H: int
@@ -107,7 +112,8 @@ class Case(NamedTuple):
 CASES = [
     Case(4, 16, 4096, 64, False, "t5", target=250), Case(4, 16, 4096, 64, False, "alibi", target=250),
     Case(4, 16, 4096, 64, True, "t5"), Case(4, 16, 4096, 64, True, "alibi"), Case(4, 16, 4096, 128, True, "t5"),
-    Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
+    Case(4, 16, 4096, 64, False, "rows 16", target=150), Case(4, 16, 4096, 64, False, "rows 512", target=150),
+    Case(4, 16, 4096, 64, True, "rows 16"), Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
     Case(1, 16, 16384, 128, window=1024), Case(1, 16, 16384, 128, documents=8),
 ]  # fmt: skip
 
@@ -119,8 +125,11 @@ def inputs(B: int, T: int, heads: tuple[int, int, int], widths: tuple[int, int],
     return [t.to(dtype).transpose(1, 2).requires_grad_() for t in made]
 
 
-def learned(score: str, H: int) -> list[Tensor]:
-    """What a score learns: 32 buckets a head, two numbers a head, nothing."""
+def learned(score: str, H: int, B: int = 1, T: int = 1, dtype: torch.dtype = BF16) -> list[Tensor]:
+    """What a score learns: 32 buckets a head, two numbers a head, nothing. "rows N": what was made of the queries for each
+    distance up to N either way, as Shaw's keys have it."""
+    if score.startswith("rows"):
+        return [torch.randn(B, H, T, 2 * int(score[5:]) + 1, device="cuda").to(dtype).requires_grad_()]
     return [torch.randn(H, n, device="cuda").requires_grad_() for n in {"t5": [32], "kerple": [2]}.get(score, [])]
 
 
@@ -130,6 +139,8 @@ def scored(score: str, known: list[Tensor], H: int) -> Score | None:
     if score == "kerple":
         numbers = known[0].exp()[:, :, None, None]
         return Score((Distance(lambda d: -numbers[:, 0] * torch.log1p(numbers[:, 1] * d.abs().to(known[0].dtype))),))
+    if score.startswith("rows"):
+        return Score((RelativeLogits(known[0], known[0].shape[3] // 2, inside_scale=False),))
     if score == "alibi":
         return Score((Distance(lambda d: -slopes(H)[:, None, None] * d.abs()),))
     return None
@@ -164,7 +175,8 @@ def checked(job: tuple[Check, str]) -> str:
     """One line of errors relative to the largest number, against fp64."""
     (dtype, T, H, G, D, E, rule, score), sort = job
     torch.manual_seed(0)
-    qkv, known, mask = inputs(2, T, (H, G, G), (D, E), dtype), learned(score, H), bound(rule, 2, T, sort)
+    qkv, known = inputs(2, T, (H, G, G), (D, E), dtype), learned(score, H, 2, T, dtype)
+    mask = bound(rule, 2, T, sort)
     out = triton.attend(*qkv, mask, scored(score, known, H), D**-0.5)
     up = torch.randn_like(out)
     found = (out, *torch.autograd.grad(out, [*qkv, *known], up))
@@ -192,9 +204,9 @@ def check() -> None:
             print(line, flush=True)
         for line in made:
             print(line, flush=True)
-    triton.OWN = ("table", "window", "plain", "documents", "regions")
+    triton.OWN = ("table", "rows", "window", "plain", "documents", "regions")
     for case in CASES:
-        mask, score = case.mask, scored(case.score, learned(case.score, case.H), case.H)
+        mask, score = case.mask, scored(case.score, learned(case.score, case.H, case.B, case.T), case.H)
         asked: dict[str, Any] = {"device": "cuda", "dtype": BF16, "queries": case.T, "width": case.D}
         assert plan(**asked, mask=mask, score=score).path == "triton", case
 
@@ -242,7 +254,7 @@ def ways(case: Case) -> dict[str, Way]:
     """By name: what gives the output, and what has gradients."""
     B, H, T, D = case[:4]
     q, k, v = qkv = inputs(B, T, (H, H, H), (D, D), BF16)
-    mask, known = case.mask, learned(case.score, H)
+    mask, known = case.mask, learned(case.score, H, B, T)
     found: dict[str, Way] = {
         "ours": (lambda: triton.attend(q, k, v, mask, scored(case.score, known, H), D**-0.5), [*qkv, *known])
     }
@@ -261,12 +273,15 @@ def ways(case: Case) -> dict[str, Way]:
             dense = dense.masked_fill(~mask.dense(), float("-inf"))
         dense = dense.expand(B, -1, -1, -1)
         found["SDPA attn_mask"] = (lambda: F.scaled_dot_product_attention(q, k, v, dense), qkv)
-        line, each = score.along(T, 1.0, q.device), slopes(H)
+        rows, each = score.relative, slopes(H)
+        line = rows.values if rows is not None else score.along(T, 1.0, q.device)
+        reach = rows.back if rows is not None else REACH
 
         def added(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             if case.score == "alibi":
                 return s - each[h] * (i - j).abs()
-            return s + line[h, (j - i).clamp(-REACH, REACH) + REACH]
+            entry = (j - i).clamp(-reach, reach) + reach
+            return s + (line[h, entry] if rows is None else line[b, h, i, entry])
 
         found["Flex score_mod"] = (lambda: flex(q, k, v, score_mod=added, block_mask=block), qkv)  # type: ignore[return-value]
         return found
