@@ -63,7 +63,7 @@ def one(job: Job, case: Case) -> Callable[[], Any]:
     q, k, v = (t.detach() for t in inputs(case.B, case.T, (case.H, case.H, case.H), (case.D, case.D), BF16))
     span, made = case.rule.span(), scored(case.score, learned(case.score, case.H, case.B, case.T), case.H)
     rows = None if made is None else made.relative
-    content = None if rows is None else launch.Content(rows.values, rows.back, 1.0)
+    content = None if rows is None else launch.Content(rows[0].values, None, rows[0].back, 1.0)
     table = None if made is None or content is not None else made.along(case.T, 1.0, q.device).detach()
     assert span is not None
     second: launch.Second | None = None

@@ -274,8 +274,8 @@ def ways(case: Case) -> dict[str, Way]:
         dense = dense.expand(B, -1, -1, -1)
         found["SDPA attn_mask"] = (lambda: F.scaled_dot_product_attention(q, k, v, dense), qkv)
         rows, each = score.relative, slopes(H)
-        line = rows.values if rows is not None else score.along(T, 1.0, q.device)
-        reach = rows.back if rows is not None else REACH
+        line = rows[0].values if rows is not None else score.along(T, 1.0, q.device)
+        reach = rows[0].back if rows is not None else REACH
 
         def added(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             if case.score == "alibi":

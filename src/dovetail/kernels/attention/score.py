@@ -111,13 +111,15 @@ class RelativeLogits:
     """A term that depends on the query and on the distance alone (Shaw et al. 2018, eq. 4: q·a_K[d]).
 
     values: (B,H,T,back+ahead+1), the term of query i at distance d, clipped to [-back, ahead], at d + back. A small product,
-    made and differentiated outside of the attention. axis: position axis it reads.
+    made and differentiated outside of the attention. axis: position axis it reads. by_key: values (B,H,S,...) is of key j
+    instead (He et al. 2021, DeBERTa, eq. 4: position to content).
     """
 
     values: Tensor
     back: int
     axis: int = 0
     inside_scale: bool = True
+    by_key: bool = False
     tabled: ClassVar[bool] = False
 
     @property
@@ -127,10 +129,12 @@ class RelativeLogits:
     def dense(self, at: Coords) -> Tensor:
         """(B,H,T,S)."""
         index = at.distance(self.axis).clamp(-self.back, self.ahead)[:, None] + self.back
+        if self.by_key:
+            return self.values.gather(-1, index.mT.expand(*self.values.shape[:3], -1)).mT
         return self.values.gather(-1, index.expand(*self.values.shape[:3], -1))
 
     def rows(self, start: int, stop: int) -> RelativeLogits:
-        return replace(self, values=self.values[:, :, start:stop])
+        return self if self.by_key else replace(self, values=self.values[:, :, start:stop])
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,15 @@ class Score:
         return all(t.tabled for t in self.terms) and self.cap is None and self.value_terms is None
 
     @property
-    def relative(self) -> RelativeLogits | None:
-        """The one term, where there is nothing else and it is a function of the query and the distance along the first axis."""
-        term = self.terms[0] if len(self.terms) == 1 and self.cap is None and self.value_terms is None else None
-        return term if isinstance(term, RelativeLogits) and term.axis == 0 and term.values.shape[3] > 1 else None
+    def relative(self) -> tuple[RelativeLogits, RelativeLogits | None] | None:
+        """The terms of queries and of keys, where there is nothing else, both end alike, and they go by the first axis."""
+        query, key = ([t for t in self.terms if isinstance(t, RelativeLogits) and t.by_key is by] for by in (False, True))
+        if self.cap is not None or self.value_terms is not None or len(query) != 1 or len(query) + len(key) != len(self.terms):
+            return None
+        ends = {(t.back, t.ahead, t.axis, t.inside_scale) for t in (*query, *key)}
+        if len(key) > 1 or len(ends) > 1 or query[0].axis or query[0].values.shape[3] == 1:
+            return None
+        return query[0], key[0] if key else None
 
     def along(self, length: int, scale: float, device: torch.device) -> Tensor:
         """The terms' sum in units of the final score, (H, 2·reach+1): distance d at d + reach. `tabled` scores alone.

@@ -31,7 +31,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, score: Score
     relative = None if score is None else score.relative
     if relative is not None:
         k, v, places = k.to(q.dtype), v.to(q.dtype), _places(mask, span, True)
-        more = (relative.values, relative.back, relative.inside_scale)
+        of_query, of_key = relative
+        more = (of_query.values, None if of_key is None else of_key.values, of_query.back, of_query.inside_scale)
         return content.attend(q, k, v, *more, span, scale, places)[0]
     table = None
     if score is not None and score.terms:

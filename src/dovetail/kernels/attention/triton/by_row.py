@@ -36,10 +36,10 @@ def line(entry, unit, CONTENT: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def term(  # type: ignore[no-untyped-def]
     table, away, reach, onward, unit, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr,
-    ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
+    ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr, BY_KEY: tl.constexpr,
 ):  # fmt: skip
     """What a tile (ROWS queries, COLUMNS keys; TURNED: keys, queries) gets whose first key is `away` from its first query.
-    CONTENT: table has the `lines` of its queries."""
+    CONTENT: table has the `lines` of its queries; or, BY_KEY, of its keys."""
     if CONTENT:
         if TURNED:
             apart = tl.arange(0, ROWS)[:, None] - tl.arange(0, COLUMNS)[None, :]
@@ -47,7 +47,7 @@ def term(  # type: ignore[no-untyped-def]
         else:
             apart = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None]
             least, most = away - ROWS + 1, away + COLUMNS - 1
-        own = tl.expand_dims(table, 0 if TURNED else 1)
+        own = tl.expand_dims(table, 0 if TURNED != BY_KEY else 1)
         if (least >= -reach) & (most <= onward):
             found = _entry(own + away + apart.to(tl.int64), ASSEMBLY)
         else:
@@ -59,10 +59,12 @@ def term(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def term_at(table, i, j, reach, onward, unit, TURNED: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr):  # type: ignore[no-untyped-def]
+def term_at(  # type: ignore[no-untyped-def]
+    table, i, j, reach, onward, unit, TURNED: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr, BY_KEY: tl.constexpr,
+):  # fmt: skip
     """What any i and j get that broadcast against each other."""
     if CONTENT:
-        own = tl.expand_dims(table, 0 if TURNED else 1)
+        own = tl.expand_dims(table, 0 if TURNED != BY_KEY else 1)
         found = _entry(own + tl.minimum(tl.maximum(j - i, -reach), onward), ASSEMBLY) * unit
     else:
         found = entries(table, i, j, reach, ASSEMBLY)
@@ -76,6 +78,14 @@ def kept(d_lines, ds, away, reach, onward, unit):  # type: ignore[no-untyped-def
     here = (away > -reach) & (away < onward) & (ds != 0)
     found = (ds * (unit * 0.6931471805599453)).to(d_lines.dtype.element_ty)
     tl.store(d_lines[:, None] + away, found, mask=here)
+
+
+@triton.jit
+def ended(d_lines, left, right, within, reach, onward, unit):  # type: ignore[no-untyped-def]
+    """Stores the gradient of both ends, sums of ds."""
+    factor = unit * 0.6931471805599453
+    tl.store(d_lines - reach, (left * factor).to(d_lines.dtype.element_ty), mask=within)
+    tl.store(d_lines + onward, (right * factor).to(d_lines.dtype.element_ty), mask=within)
 
 
 @triton.jit

@@ -23,26 +23,34 @@ from dovetail.kernels.attention.triton.tiles import looked_up, masked, met, near
 
 @triton.jit
 def _walk(  # type: ignore[no-untyped-def]
-    acc, top, total, query, i, of_i, k, v, k_at, table, beyond, batch, group, first, shift, start, whole, end, stop, S,
+    acc, top, total, query, i, of_i, k, v, k_at, table, keyed, beyond, side, batch, group, first, shift, start, whole, end, stop, S,
     scale, before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEAR: tl.constexpr, BACK: tl.constexpr,
     AHEAD: tl.constexpr, SINKS: tl.constexpr, PLACED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
+    ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr, KEYED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from start to stop, whole ones between `whole` and `end`. NEAR: the table adds to each score its entry,
     and otherwise to all alike `beyond`. i, of_i: order and segment of the queries, `first` the index of the first."""
     for tile in tl.range(start, stop):
         other = tile * COLUMNS
         key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
+        if KEYED:
+            others = lines(keyed, other + tl.arange(0, COLUMNS), S, reach, onward)
         if NEAR:  # before the product, so that both are on the way together
-            more = term(table, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT)
+            more = term(table, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT, False)
+            if KEYED:
+                more += term(others, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, True, True)
             if PLACED:
                 if (tile < whole) | (tile >= end):
                     j, _ = places(k_at, other + tl.arange(0, COLUMNS), S, True)
-                    more = term_at(table, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, CONTENT)
+                    more = term_at(table, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, CONTENT, False)
+                    if KEYED:
+                        more += term_at(others, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, True, True)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if NEAR:
             s = s * scale + more
+        elif KEYED:
+            s = s * scale + line(others + side, unit, True)[None, :]
         s = masked(
             s, tile, whole, end, i, of_i, k_at, first, other, S, before, after, sinks,
             ROWS, COLUMNS, BACK, AHEAD, SINKS, PLACED, EVEN, False,
@@ -51,6 +59,10 @@ def _walk(  # type: ignore[no-untyped-def]
             higher = tl.maximum(top, tl.max(s, 1))
             level = tl.where(higher == -float("inf"), 0.0, higher)  # a query that has seen no key yet
             p = tl.exp2(s - level[:, None])
+        elif KEYED:
+            higher = tl.maximum(top, tl.max(s, 1) + beyond)
+            level = tl.where(higher == -float("inf"), 0.0, higher)
+            p = tl.exp2(s - (level - beyond)[:, None])
         else:
             higher = tl.maximum(top, tl.max(s, 1) * scale + beyond)
             level = tl.where(higher == -float("inf"), 0.0, higher)
@@ -66,11 +78,11 @@ def _walk(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _keys(  # type: ignore[no-untyped-def]
-    acc, top, total, q, k, v, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
+    acc, top, total, q, k, v, table, keyed, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
     before, after, sinks, reach, onward, unit,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr, KEYED: tl.constexpr,
 ):  # fmt: skip
     """All keys that a tile of queries sees."""
     group, first, shift = head // FAN, block * ROWS, 0
@@ -93,38 +105,38 @@ def _keys(  # type: ignore[no-untyped-def]
         begin, close = near(first - shift, reach, onward, lead, tail, ROWS, COLUMNS)
     if SINKS and not PLACED:
         acc, top, total = _walk(
-            acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+            acc, top, total, query, i, of_i, k, v, k_at, table, keyed, 0.0, 0, batch, group, first, shift,
             0, whole, end, tl.minimum(start, tl.cdiv(sinks, COLUMNS)), S, scale, before, after, sinks, reach, onward, unit,
-            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
+            D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT, KEYED,
         )  # fmt: skip
     if FAR and PLACED:
         acc, top, total = _walk(
-            acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+            acc, top, total, query, i, of_i, k, v, k_at, table, keyed, 0.0, 0, batch, group, first, shift,
             start, whole, end, lead, S, scale, before, after, sinks, reach, onward, unit,
-            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
+            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT, KEYED,
         )  # fmt: skip
     if FAR:
         acc, top, total = _walk(
-            acc, top, total, query, i, of_i, k, v, k_at, table, left, batch, group, first, shift,
+            acc, top, total, query, i, of_i, k, v, k_at, table, keyed, left, -reach, batch, group, first, shift,
             lead, whole, end, begin, S, scale, before, after, sinks, reach, onward, unit,
-            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
+            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT, KEYED,
         )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+        acc, top, total, query, i, of_i, k, v, k_at, table, keyed, 0.0, 0, batch, group, first, shift,
         begin, whole, end, close, S, scale, before, after, sinks, reach, onward, unit,
-        D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
+        D, E, ROWS, COLUMNS, TABLE, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT, KEYED,
     )  # fmt: skip
     if FAR:
         acc, top, total = _walk(
-            acc, top, total, query, i, of_i, k, v, k_at, table, right, batch, group, first, shift,
+            acc, top, total, query, i, of_i, k, v, k_at, table, keyed, right, onward, batch, group, first, shift,
             close, whole, end, tail, S, scale, before, after, sinks, reach, onward, unit,
-            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
+            D, E, ROWS, COLUMNS, False, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT, KEYED,
         )  # fmt: skip
     if FAR and PLACED:
         acc, top, total = _walk(
-            acc, top, total, query, i, of_i, k, v, k_at, table, 0.0, batch, group, first, shift,
+            acc, top, total, query, i, of_i, k, v, k_at, table, keyed, 0.0, 0, batch, group, first, shift,
             tail, whole, end, stop, S, scale, before, after, sinks, reach, onward, unit,
-            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT,
+            D, E, ROWS, COLUMNS, True, BACK, AHEAD, SINKS, PLACED, EVEN, PRECISION, ASSEMBLY, CONTENT, KEYED,
         )  # fmt: skip
     return acc, top, total
 
@@ -135,17 +147,17 @@ def _keys(  # type: ignore[no-untyped-def]
     ]
 )  # fmt: skip
 def attend(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, table, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, scale, before, after, sinks, reach, onward, unit,
+    q, k, v, out, lse, table, keyed, q_at, k_at, cuts, q_step, k_step, cut_step, heads, T, S, scale, before, after, sinks, reach, onward, unit,
     q2, k2, cuts2, before2, after2, sinks2,
     D: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, PAD: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, TABLE: tl.constexpr, FAR: tl.constexpr,
-    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr,
+    EVEN: tl.constexpr, PLACED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr, CONTENT: tl.constexpr, KEYED: tl.constexpr,
     PAIR: tl.constexpr, BACK2: tl.constexpr, AHEAD2: tl.constexpr, SINKS2: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. q, k, v, out: descriptors of (B,heads,T,D) and so on. lse (B,H,T), natural.
 
     scale: with log2(e). table (H, 2·(reach + PAD) + 1), with log2(e), by distance. FAR: whether some are beyond its reach.
-    CONTENT: table (B,H,T,reach+onward+1) has a row a query, in units of `unit` (`by_row`).
+    CONTENT: table (B,H,T,reach+onward+1) has a row a query, in units of `unit` (`by_row`). KEYED: so has keyed (B,H,S,...) a key.
     PLACED: tokens have places (B|1,2,T), order and segment, and steps lead from row to row of them and of their `cuts`.
     PAIR: the same tokens have queries and keys in a second form too, in which they see each other within other bounds.
     """
@@ -158,18 +170,20 @@ def attend(  # type: ignore[no-untyped-def]
     top = total - float("inf")
     if CONTENT:
         table += row.to(tl.int64) * T * (reach + onward + 1)
+        if KEYED:
+            keyed += row.to(tl.int64) * S * (reach + onward + 1)
     else:
         onward = reach
     acc, top, total = _keys(
-        acc, top, total, q, k, v, table, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
+        acc, top, total, q, k, v, table, keyed, q_at, k_at, cuts, q_step, k_step, cut_step, batch, head, block, T, S, scale,
         before, after, sinks, reach, onward, unit, D, E, ROWS, COLUMNS, FAN, PAD, BACK, AHEAD, SINKS, TABLE, FAR, EVEN, PLACED,
-        PRECISION, ASSEMBLY, CONTENT,
+        PRECISION, ASSEMBLY, CONTENT, KEYED,
     )  # fmt: skip
     if PAIR:
         acc, top, total = _keys(
-            acc, top, total, q2, k2, v, table, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block, T, S, scale,
+            acc, top, total, q2, k2, v, table, keyed, q_at, k_at, cuts2, q_step, k_step, cut_step, batch, head, block, T, S, scale,
             before2, after2, sinks2, reach, onward, unit, D, E, ROWS, COLUMNS, FAN, PAD, BACK2, AHEAD2, SINKS2, TABLE, FAR, EVEN, PLACED,
-            PRECISION, ASSEMBLY, CONTENT,
+            PRECISION, ASSEMBLY, CONTENT, KEYED,
         )  # fmt: skip
     first = block * ROWS
     n = first + tl.arange(0, ROWS)

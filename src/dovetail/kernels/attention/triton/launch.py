@@ -42,9 +42,10 @@ class Second(NamedTuple):
 
 class Content(NamedTuple):
     """What is added to the score of query i and a key at distance d: factor · values[..., i, d + back], values (B,H,T,W); at
-    the ends, what is there and beyond."""
+    the ends, what is there and beyond. keyed (B,H,S,W): the same of key j, factor · keyed[..., j, d + back]."""
 
     values: Tensor
+    keyed: Tensor | None
     back: int
     factor: float
 
@@ -62,7 +63,7 @@ def forward(
     with torch.cuda.device_of(q):
         ahead.attend[(ceil_div(T, cut.rows) * B * H,)](
             described(q, cut.rows), described(k, cut.columns), described(v, cut.columns), described(out, cut.rows),
-            lse, asked.table, *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.terms, *asked.second(cut),
+            lse, asked.table, asked.keyed, *asked.placed(cut), H, T, k.shape[2], scale * LOG2E, *asked.bounds, *asked.terms, *asked.second(cut),
             EVEN=k.shape[2] % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
     return out, lse
@@ -89,10 +90,11 @@ def backward(
             E=asked.E, ROWS=64, LEVELS=d_lse is not None, num_warps=4,
         )  # fmt: skip
         cut = asked.tiles("keys")
+        d_keyed = None if asked.keyed is None else torch.zeros_like(asked.keyed)
         back.keys[(ceil_div(S, cut.rows) * B * G,)](
             described(q, cut.columns), described(k, cut.rows), described(v, cut.rows), described(d_out, cut.columns),
-            described(d_k, cut.rows), described(d_v, cut.rows), level, delta, asked.table, *asked.placed(cut, turned=True),
-            H, T, S, length, scale * LOG2E, scale, *asked.bounds, *asked.terms,
+            described(d_k, cut.rows), described(d_v, cut.rows), level, delta, asked.table, asked.keyed, d_keyed,
+            *asked.placed(cut, turned=True), H, T, S, length, scale * LOG2E, scale, *asked.bounds, *asked.terms,
             None if d_k2 is None else described(d_k2, cut.rows),
             *asked.second(cut, turned=True), **asked.common(cut),
         )  # fmt: skip
@@ -103,14 +105,14 @@ def backward(
             ends = torch.zeros_like(asked.table)  # all of its gradient; what no pair reads stays zero
         back.queries[(blocks * B * H,)](
             described(q, cut.rows), described(k, cut.columns), described(v, cut.columns), described(d_out, cut.rows),
-            described(d_q, cut.rows), level, delta, asked.table, ends, *asked.placed(cut),
+            described(d_q, cut.rows), level, delta, asked.table, ends, asked.keyed, *asked.placed(cut),
             H, T, S, length, scale * LOG2E, scale, *asked.bounds, *asked.terms,
             None if d_q2 is None else described(d_q2, cut.rows), *asked.second(cut),
             EVEN=S % cut.columns == 0, **asked.common(cut),
         )  # fmt: skip
         if content is not None:
             assert ends is not None
-            return d_q, d_k, d_v, ends
+            return d_q, d_k, d_v, ends, *([] if d_keyed is None else [d_keyed])
         if table is None:
             return d_q, d_k, d_v, q.new_empty(0, dtype=torch.float32), *d_second
         d_table = _diagonals(asked, q, k, v, d_out, level, delta, scale)
@@ -161,7 +163,7 @@ def _diagonals(
 
 
 # nothing to walks of diagonals
-_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2", "CONTENT")
+_WALKED = ("ROWS", "COLUMNS", "TABLE", "PLACED", "PAIR", "BACK2", "AHEAD2", "SINKS2", "CONTENT", "KEYED")
 
 
 class _Asked:
@@ -180,9 +182,10 @@ class _Asked:
         if table is not None:
             line = table.detach().to(torch.float32)[None] * LOG2E
             self.table = F.pad(line, (PAD, PAD), mode="replicate")[0].contiguous()
-        self.content, onward, unit = content is not None, self.reach, 1.0
+        self.content, self.keyed, onward, unit = content is not None, None, self.reach, 1.0
         if content is not None:
             self.table, self.reach, self.far = content.values.detach().contiguous(), content.back, True
+            self.keyed = None if content.keyed is None else content.keyed.detach().contiguous()
             onward, unit = content.values.shape[3] - 1 - self.reach, content.factor * LOG2E
         self.bounds = (span.before or 0, span.after or 0, span.sinks, self.reach)
         self.terms = (onward, unit)
@@ -244,7 +247,7 @@ class _Asked:
         return {
             "D": self.D, "E": self.E, "ROWS": cut.rows, "COLUMNS": cut.columns, "FAN": self.fan, "PAD": PAD,
             "BACK": self.span.before is not None, "AHEAD": self.span.after is not None, "SINKS": self.span.sinks > 0,
-            "TABLE": self.table is not None, "FAR": self.far, "PLACED": self.places is not None, "PRECISION": PRECISION, "ASSEMBLY": _assembly(), "CONTENT": self.content,
+            "TABLE": self.table is not None, "FAR": self.far, "PLACED": self.places is not None, "PRECISION": PRECISION, "ASSEMBLY": _assembly(), "CONTENT": self.content, "KEYED": self.keyed is not None,
             "PAIR": self.other is not None, "BACK2": other.before is not None, "AHEAD2": other.after is not None, "SINKS2": other.sinks > 0,
             "num_warps": cut.warps, "num_stages": cut.stages,
         }  # fmt: skip
