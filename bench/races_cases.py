@@ -65,16 +65,17 @@ def attention(dtype: torch.dtype, rule: Mask, score: str = "", packed: bool = Fa
     return lambda: differentiated([triton.attend(q, k, v, mask, scores[score], 0.1)], leaves)
 
 
-def by_query(rule: Mask, packed: bool = False, back: int = 16, ahead: int = 16, D: int = 64) -> Run:
-    """Scores with a term by query and distance."""
+def by_row(rule: Mask, packed: bool = False, back: int = 16, ahead: int = 16, D: int = 64, keyed: bool = False) -> Run:
+    """Scores with a term by query and distance; keyed: and with one by key and distance."""
     from dovetail.kernels.attention import triton
 
     torch.manual_seed(0)
     T = 300 // SHORT
     q, k, v = heads(T, 4, D, NARROW), heads(T, 2, D, NARROW), heads(T, 2, D, NARROW)
-    values = torch.randn(2, 4, T, back + ahead + 1, device=DEVICE).to(NARROW).requires_grad_()
-    mask, score = context(T, packed).bind(rule), Score((RelativeLogits(values, back),))
-    return lambda: differentiated([triton.attend(q, k, v, mask, score, 0.1)], [q, k, v, values])
+    made = torch.randn(1 + keyed, 2, 4, T, back + ahead + 1, device=DEVICE).to(NARROW)
+    values, mask = [t.requires_grad_() for t in made], context(T, packed).bind(rule)
+    score = Score(tuple(RelativeLogits(t, back, by_key=n > 0) for n, t in enumerate(values)))
+    return lambda: differentiated([triton.attend(q, k, v, mask, score, 0.1)], [q, k, v, *values])
 
 
 def two_forms(dtype: torch.dtype, packed: bool) -> Run:
@@ -242,9 +243,11 @@ CASES: dict[str, Callable[[], Run]] = {
     "attention table": lambda: attention(NARROW, Full(), "table"),
     "attention function": lambda: attention(NARROW, Causal(), "function"),
     "attention documents": lambda: attention(NARROW, Causal(), "table", packed=True),
-    "attention rows": lambda: by_query(Full()),
-    "attention rows wide": lambda: by_query(SINKS, ahead=0, D=128),
-    "attention rows documents": lambda: by_query(Causal(), packed=True, back=100),
+    "attention rows": lambda: by_row(Full()),
+    "attention rows wide": lambda: by_row(SINKS, ahead=0, D=128),
+    "attention rows documents": lambda: by_row(Causal(), packed=True, back=100),
+    "attention rows of keys": lambda: by_row(Full(), keyed=True),
+    "attention rows of keys documents": lambda: by_row(Causal(), packed=True, back=100, D=128, keyed=True),
     "attention two forms": lambda: two_forms(NARROW, False),
     "attention two forms packed": lambda: two_forms(NARROW, True),
     "attention few queries": lambda: few_queries(NARROW),

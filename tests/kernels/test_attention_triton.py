@@ -75,15 +75,17 @@ def scores(kind: str | None, T: int) -> tuple[list[Tensor], list[Score | None]]:
     ]
 
 
-Ends = tuple[int, int]
+Ends = tuple[int, ...]
 
 
 def relative(ends: Ends, q: Tensor) -> tuple[list[Tensor], list[Score | None]]:
     """As `scores`: a term by query and distance, that ends so far behind queries and ahead; in units of the product, where
-    that is no less than ahead."""
-    learned = torch.randn(*q.shape[:3], sum(ends) + 1, device=DEVICE).to(q.dtype).requires_grad_()
-    both = [learned, learned.detach().double().requires_grad_()]
-    return both, [Score((RelativeLogits(w, ends[0], inside_scale=ends[0] >= ends[1]),)) for w in both]
+    that is no less than ahead. A third number: and a term by key and distance."""
+    back, ahead = ends[:2]
+    made = torch.randn(len(ends) - 1, *q.shape[:3], back + ahead + 1, device=DEVICE).to(q.dtype)
+    both = [[t.detach().to(dtype).requires_grad_() for t in made] for dtype in (q.dtype, torch.float64)]
+    kinds = [[RelativeLogits(t, back, 0, back >= ahead, n > 0) for n, t in enumerate(each)] for each in both]
+    return [*both[0], *both[1]], [Score(tuple(terms)) for terms in kinds]
 
 
 def compare(inputs: list[Tensor], mask: BoundMask, kind: str | Ends | None = None) -> None:
@@ -95,10 +97,11 @@ def compare(inputs: list[Tensor], mask: BoundMask, kind: str | Ends | None = Non
     plain = reference.attend(*wide, mask, wide_score, SCALE)[0]
     assert out.dtype == inputs[0].dtype
     pull = torch.randn(out.shape, device=DEVICE)
-    ours = torch.autograd.grad((out.float() * pull).sum(), [*inputs, *learned[:1]])
-    theirs = torch.autograd.grad((plain * pull).sum(), [*wide, *learned[1:]])
+    half = len(learned) // 2
+    ours = torch.autograd.grad((out.float() * pull).sum(), [*inputs, *learned[:half]])
+    theirs = torch.autograd.grad((plain * pull).sum(), [*wide, *learned[half:]])
     tolerance = 8 * max(torch.finfo(out.dtype).eps, torch.finfo(torch.float32).eps)
-    for name, a, b in zip(("out", "dq", "dk", "dv", "dtable"), (out, *ours), (plain, *theirs), strict=False):
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dtable", "dkeyed"), (out, *ours), (plain, *theirs), strict=False):
         worst, largest = float((a.double() - b).detach().abs().max()), float(b.detach().abs().max())
         assert worst <= tolerance * max(largest, 0.5), f"{name}: {worst} of {largest}"
 
@@ -123,6 +126,8 @@ def compare(inputs: list[Tensor], mask: BoundMask, kind: str | Ends | None = Non
         (SINKS, (7, 0), 53, 1, 16, 16, torch.float32),
         (Band(before=4, after=20), (6, 25), 53, 1, 16, 16, torch.float32),
         (Full(), (0, 4), 1, 2, 16, 16, torch.float32),
+        (Full(), (6, 9, 1), 53, 1, 16, 16, torch.float32),
+        (SINKS, (20, 0, 1), 53, 1, 16, 16, NARROW),
     ],
     ids=lambda x: getattr(x, "kind", str(x)),
 )
@@ -138,7 +143,7 @@ def test_kernels_equal_the_plain_twin(
         (Full(), "table"),
         (SINKS, "function"),
         (Full(), (5, 12)),
-        (SINKS, (20, 0)),
+        (SINKS, (20, 3, 1)),
     ],
     ids=lambda x: getattr(x, "kind", str(x)),
 )
@@ -251,17 +256,17 @@ def test_the_operation_keeps_its_promises() -> None:
 
 def test_the_operation_with_rows_keeps_its_promises() -> None:
     q, k, v = given(16, 1, 16, 16, torch.float32)
-    values = torch.randn(1, H, 16, 6, device=DEVICE).requires_grad_()
+    values, keyed = (t.requires_grad_() for t in torch.randn(2, 1, H, 16, 6, device=DEVICE))
     torch.library.opcheck(
         content._forward.op,
-        (q, k, v, values, None, None, None, 0, 0, SCALE, 5, SCALE),
+        (q, k, v, values, keyed, None, None, None, 0, 0, SCALE, 5, SCALE),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
     def step(*inputs: Tensor) -> list[Tensor]:
         return list(content.attend(*inputs, 5, True, Span(after=0), SCALE))
 
-    both, inputs = [], (q, k, v, values)
+    both, inputs = [], (q, k, v, values, keyed)
     for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
         outs = run(*inputs)
         both.append([*outs, *torch.autograd.grad(sum(t.square().sum() for t in outs), inputs)])  # type: ignore[arg-type]
@@ -378,7 +383,7 @@ def test_plan_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path(ctx, Causal(), rows) == path(padded, Causal(), rows) == "sdpa"
     monkeypatch.setattr(triton, "OWN", ("rows",))
     assert path(ctx, Causal(), rows) == path(padded, SINKS, rows) == "triton"
-    assert path(elsewhere, Causal(), rows) == path(ctx, Causal(), Score((*rows.terms, *rows.terms))) == "sdpa"
+    assert path(elsewhere, Causal(), rows) == path(ctx, Causal(), Score(rows.terms * 2)) == "sdpa"
     assert path(ctx, Causal(), Score(rows.terms, cap=2.0)) == "tiled"
     monkeypatch.setattr(triton, "OWN", ())
     assert path(ctx, Causal(), table) == path(ctx, SINKS, None) == "sdpa"

@@ -162,10 +162,11 @@ class Score:
     @property
     def relative(self) -> tuple[RelativeLogits, RelativeLogits | None] | None:
         """The terms of queries and of keys, where there is nothing else, both end alike, and they go by the first axis."""
-        query, key = ([t for t in self.terms if isinstance(t, RelativeLogits) and t.by_key is by] for by in (False, True))
-        if self.cap is not None or self.value_terms is not None or len(query) != 1 or len(query) + len(key) != len(self.terms):
+        found = [t for t in self.terms if isinstance(t, RelativeLogits)]
+        query, key = ([t for t in found if t.by_key is by] for by in (False, True))
+        if self.cap is not None or self.value_terms is not None or len(query) != 1 or len(found) != len(self.terms):
             return None
-        ends = {(t.back, t.ahead, t.axis, t.inside_scale) for t in (*query, *key)}
+        ends = {(t.back, t.ahead, t.axis, t.inside_scale) for t in found}
         if len(key) > 1 or len(ends) > 1 or query[0].axis or query[0].values.shape[3] == 1:
             return None
         return query[0], key[0] if key else None

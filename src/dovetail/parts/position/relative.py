@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.errors import BuildError, DataError
-from dovetail.kernels.attention import Content, Coords, Score, Toeplitz
+from dovetail.kernels.attention import Content, Coords, RelativeLogits, Score, Toeplitz
 from dovetail.parts.context import Context
 from dovetail.parts.norm import LayerNorm
 from dovetail.parts.position.base import PositionModule, head_width, refuse_cross, refuse_text
@@ -121,23 +121,22 @@ class DebertaModule(PositionModule):
         return (back + self.span).clamp(0, 2 * self.span - 1)
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
-        B, T, H, D = q.shape
+        _, T, H, D = q.shape
         rows = self.table.weight if self.norm is None else self.norm(self.table.weight)
         rows = F.dropout(rows, self.drop) if self.drop and self.training else rows
-        index = ctx.once(("deberta", id(self), id(at)), lambda: self.bucket(at.distance())[:, None])  # (B|1,1,T,S)
+        reach = self.max_distance  # from which on, either way, the bucket does not change
+        if at.in_step and (at.aligned or at.q is at.k):
+            reach = min(reach, max(T - 1, 1))
+        bucket = self.bucket(torch.arange(-reach, reach + 1, device=q.device))
 
-        def c2p(start: int, stop: int) -> Tensor:
-            keys = project(rows, "key").repeat_interleave(H // k.shape[2], 1)  # (R,H,D)
-            term = torch.einsum("bthd,rhd->bhtr", q[:, start:stop], keys)
-            return term.gather(-1, index[:, :, start:stop].expand(B, H, -1, -1))
+        def term(name: str) -> RelativeLogits:
+            known, by_key = (q, False) if name == "c2p" else (k.repeat_interleave(H // k.shape[2], 2), True)
+            vectors = project(rows, "query" if by_key else "key")[bucket]  # (2·reach+1,H|G,D)
+            vectors = vectors.repeat_interleave(H // vectors.shape[1], 1)
+            values = known.transpose(1, 2) @ vectors.permute(1, 2, 0)
+            return RelativeLogits(values, reach, by_key=by_key)
 
-        def p2c(start: int, stop: int) -> Tensor:
-            term = torch.einsum("bshd,rhd->bhsr", k.repeat_interleave(H // k.shape[2], 2), project(rows, "query"))
-            at_rows = index[:, :, start:stop].transpose(-1, -2).expand(B, H, -1, -1)
-            return term.gather(-1, at_rows).transpose(-1, -2)
-
-        compute = {"c2p": c2p, "p2c": p2c}
-        terms = tuple(Content(compute[name], T) for name in self.terms)
+        terms = tuple(term(name) for name in self.terms)
         return Score(terms, scale=(D * (1 + len(terms))) ** -0.5)
 
 

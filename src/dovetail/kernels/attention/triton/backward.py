@@ -51,16 +51,17 @@ def _over_keys(  # type: ignore[no-untyped-def]
     `reach` or more away. SIDE: 1 where all are on the left, 2 on the right, 0 where it is to be asked."""
     for tile in tl.range(start, stop):
         other = tile * COLUMNS
+        off = other - first + shift
         key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
         value = v.load([batch, group, other, 0]).reshape([COLUMNS, E])
         if KEYED:
             others = lines(keyed, other + tl.arange(0, COLUMNS), S, reach, onward)
         if NEAR:
-            more = term(table, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT, False)
+            more = term(table, off, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT, False)
             if KEYED:
-                more += term(others, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, True, True)
+                more += term(others, off, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, True, True)
         if FAR and SIDE == 0:
-            away = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None] + (other - first + shift)
+            away = tl.arange(0, COLUMNS)[None, :] - tl.arange(0, ROWS)[:, None] + off
         if NEAR and PLACED:
             if (tile < whole) | (tile >= end):
                 j, _ = places(k_at, other + tl.arange(0, COLUMNS), S, True)
@@ -230,6 +231,7 @@ def _over_queries(  # type: ignore[no-untyped-def]
     `_over_keys` has it."""
     for tile in tl.range(start, stop):
         other = tile * COLUMNS
+        off = first - other + shift
         query = q.load([batch, head, other, 0]).reshape([COLUMNS, D])
         given = d_out.load([batch, head, other, 0]).reshape([COLUMNS, E])
         n = other + tl.arange(0, COLUMNS)
@@ -240,11 +242,11 @@ def _over_queries(  # type: ignore[no-untyped-def]
             if not NEAR:
                 less = line(own + beyond, unit, True)
         if KEYED and NEAR:
-            away = tl.arange(0, ROWS)[:, None] - tl.arange(0, COLUMNS)[None, :] + (first - other + shift)
+            away = tl.arange(0, ROWS)[:, None] - tl.arange(0, COLUMNS)[None, :] + off
         if NEAR:
-            more = term(own, first - other + shift, reach, onward, unit, ROWS, COLUMNS, True, ASSEMBLY, CONTENT, False)
+            more = term(own, off, reach, onward, unit, ROWS, COLUMNS, True, ASSEMBLY, CONTENT, False)
             if KEYED:
-                more += term(keyed, first - other + shift, reach, onward, unit, ROWS, COLUMNS, True, ASSEMBLY, True, True)
+                more += term(keyed, off, reach, onward, unit, ROWS, COLUMNS, True, ASSEMBLY, True, True)
             if PLACED:
                 if (tile < whole) | (tile >= end):
                     i, _ = places(q_at, n, T, True)

@@ -33,19 +33,22 @@ def _walk(  # type: ignore[no-untyped-def]
     and otherwise to all alike `beyond`. i, of_i: order and segment of the queries, `first` the index of the first."""
     for tile in tl.range(start, stop):
         other = tile * COLUMNS
+        off = other - first + shift
         key = k.load([batch, group, other, 0]).reshape([COLUMNS, D])
         if KEYED:
             others = lines(keyed, other + tl.arange(0, COLUMNS), S, reach, onward)
         if NEAR:  # before the product, so that both are on the way together
-            more = term(table, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT, False)
+            more = term(table, off, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, CONTENT, False)
             if KEYED:
-                more += term(others, other - first + shift, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, True, True)
+                more += term(others, off, reach, onward, unit, ROWS, COLUMNS, False, ASSEMBLY, True, True)
             if PLACED:
                 if (tile < whole) | (tile >= end):
                     j, _ = places(k_at, other + tl.arange(0, COLUMNS), S, True)
                     more = term_at(table, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, CONTENT, False)
                     if KEYED:
-                        more += term_at(others, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, True, True)
+                        more += term_at(
+                            others, i[:, None], j[None, :], reach, onward, unit, False, ASSEMBLY, True, True
+                        )
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if NEAR:
             s = s * scale + more
