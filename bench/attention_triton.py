@@ -39,6 +39,7 @@ REPEAT = 10  # calls in a graph, between two synchronisations
 REACH = 128  # of a table like T5's: 32 buckets, all alike from this distance on
 SINKS = Causal() & (Window(size=300) | Prefix(length=4))
 BF16, FP32 = torch.bfloat16, torch.float32
+NAMES = ("out", "dq", "dk", "dv", "dtable", "dkeyed")
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 
 # dtype, T, heads, key heads, D, E, mask, score
@@ -59,17 +60,18 @@ CHECKS: list[Check] = [
     (BF16, 1024, 4, 4, 64, 64, Full(), "rows 16"), (BF16, 1000, 4, 2, 64, 64, Causal(), "rows 512"),
     (BF16, 1000, 4, 2, 128, 128, Full(), "rows 100"), (BF16, 1500, 4, 4, 128, 128, SINKS, "rows 16"),
     (torch.float16, 1000, 4, 4, 64, 64, Causal(), "rows 16"), (FP32, 500, 4, 2, 64, 64, Full(), "rows 40"),
+    (BF16, 1000, 4, 2, 64, 64, Full(), "deberta 100"), (FP32, 500, 4, 2, 64, 64, Full(), "deberta 40"),
 ]  # fmt: skip
 PLACED: list[Check] = [  # padded, and in documents
     (BF16, 1500, 4, 2, 64, 64, Causal(), ""), (BF16, 1500, 4, 4, 128, 128, Causal() & Window(size=300), ""),
     (BF16, 1500, 4, 4, 64, 64, Full(), "t5"), (BF16, 1500, 4, 4, 64, 64, Causal(), "kerple"),
     (FP32, 500, 4, 4, 64, 64, Causal(), "t5"), (BF16, 1500, 4, 2, 64, 64, Full(), "rows 16"),
-    (BF16, 1500, 4, 4, 128, 128, Causal(), "rows 300"),
+    (BF16, 1500, 4, 4, 128, 128, Causal(), "rows 300"), (BF16, 1500, 4, 2, 64, 64, Full(), "deberta 64"),
 ]  # fmt: skip
 
 
 class Case(NamedTuple):
-    """One shape that is timed. score: "", "t5", "alibi", "rows N"; window: 0 for none; causal or full; documents: packed in a row."""
+    """One shape that is timed. score: "", "t5", "alibi", "rows N", "deberta N"; window: 0 for none; causal or full; documents: packed in a row."""
 
     B: int
     H: int
@@ -113,7 +115,7 @@ CASES = [
     Case(4, 16, 4096, 64, False, "t5", target=250), Case(4, 16, 4096, 64, False, "alibi", target=250),
     Case(4, 16, 4096, 64, True, "t5"), Case(4, 16, 4096, 64, True, "alibi"), Case(4, 16, 4096, 128, True, "t5"),
     Case(4, 16, 4096, 64, False, "rows 16", target=150), Case(4, 16, 4096, 64, False, "rows 512", target=150),
-    Case(4, 16, 4096, 64, True, "rows 16"), Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
+    Case(4, 16, 4096, 64, True, "rows 16"), Case(4, 16, 4096, 64, False, "deberta 512", target=150), Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
     Case(1, 16, 16384, 128, window=1024), Case(1, 16, 16384, 128, documents=8),
 ]  # fmt: skip
 
@@ -127,9 +129,10 @@ def inputs(B: int, T: int, heads: tuple[int, int, int], widths: tuple[int, int],
 
 def learned(score: str, H: int, B: int = 1, T: int = 1, dtype: torch.dtype = BF16) -> list[Tensor]:
     """What a score learns: 32 buckets a head, two numbers a head, nothing. "rows N": what was made of the queries for each
-    distance up to N either way, as Shaw's keys have it."""
-    if score.startswith("rows"):
-        return [torch.randn(B, H, T, 2 * int(score[5:]) + 1, device="cuda").to(dtype).requires_grad_()]
+    distance up to N either way, as Shaw's keys have it; "deberta N": and of the keys."""
+    if " " in score:
+        shape = 1 + score.startswith("deberta"), B, H, T, 2 * int(score.split()[1]) + 1
+        return [t.requires_grad_() for t in torch.randn(shape, device="cuda").to(dtype)]
     return [torch.randn(H, n, device="cuda").requires_grad_() for n in {"t5": [32], "kerple": [2]}.get(score, [])]
 
 
@@ -139,8 +142,8 @@ def scored(score: str, known: list[Tensor], H: int) -> Score | None:
     if score == "kerple":
         numbers = known[0].exp()[:, :, None, None]
         return Score((Distance(lambda d: -numbers[:, 0] * torch.log1p(numbers[:, 1] * d.abs().to(known[0].dtype))),))
-    if score.startswith("rows"):
-        return Score((RelativeLogits(known[0], known[0].shape[3] // 2, inside_scale=False),))
+    if " " in score:
+        return Score(tuple(RelativeLogits(t, t.shape[3] // 2, 0, False, n > 0) for n, t in enumerate(known)))
     if score == "alibi":
         return Score((Distance(lambda d: -slopes(H)[:, None, None] * d.abs()),))
     return None
@@ -183,7 +186,7 @@ def checked(job: tuple[Check, str]) -> str:
     wide, also = ([t.detach().double().requires_grad_() for t in tensors] for tensors in (qkv, known))
     twin = reference.attend(*wide, mask, scored(score, also, H), D**-0.5)[0]
     expected = (twin, *torch.autograd.grad(twin, [*wide, *also], up.double()))
-    errors = {n: _error(a, b) for n, a, b in zip(("out", "dq", "dk", "dv", "dtable"), found, expected, strict=False)}
+    errors = {n: _error(a, b) for n, a, b in zip(NAMES, found, expected, strict=False)}
     line = " ".join(f"{name} {error:.1e}" for name, error in errors.items())
     line = f"{str(dtype)[6:]:8} T{T} H{H} G{G} D{D} E{E} {tuple(rule.span() or ())} {score or '-':6} {sort} {line}"
     assert max(errors.values()) < TOLERANCE[dtype], line
@@ -273,15 +276,15 @@ def ways(case: Case) -> dict[str, Way]:
             dense = dense.masked_fill(~mask.dense(), float("-inf"))
         dense = dense.expand(B, -1, -1, -1)
         found["SDPA attn_mask"] = (lambda: F.scaled_dot_product_attention(q, k, v, dense), qkv)
-        rows, each = score.relative, slopes(H)
-        line = rows[0].values if rows is not None else score.along(T, 1.0, q.device)
-        reach = rows[0].back if rows is not None else REACH
+        rows, each, values = " " in case.score, slopes(H), [t.detach() for t in known]
+        line, reach = (values[0], values[0].shape[3] // 2) if rows else (score.along(T, 1.0, q.device), REACH)
 
         def added(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             if case.score == "alibi":
                 return s - each[h] * (i - j).abs()
             entry = (j - i).clamp(-reach, reach) + reach
-            return s + (line[h, entry] if rows is None else line[b, h, i, entry])
+            more = s + (line[b, h, i, entry] if rows else line[h, entry])
+            return more + values[1][b, h, j, entry] if len(values) == 2 else more
 
         found["Flex score_mod"] = (lambda: flex(q, k, v, score_mod=added, block_mask=block), qkv)  # type: ignore[return-value]
         return found
