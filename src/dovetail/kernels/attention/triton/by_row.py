@@ -1,10 +1,10 @@
-"""What is added to scores where it depends on the query as well as on the distance (Shaw's keys, Transformer-XL's positions).
+"""What is added to scores where it depends on the query as well as on the distance (Shaw's keys, DeBERTa's positions).
 
 `values` (B,H,T,W) has a row a query, an entry a distance from `reach` behind it to `onward` ahead, W = reach + onward + 1;
 at the ends stands what is there and beyond. A row further down begins an entry further left: of a tile that is nearer
 than both ends the entries are a block whose rows are W - 1 apart, read where it lies. In a tile beyond an end all keys of a
 query get one number. A query's gradient there has one key an entry, so that it is stored and not added up, and all others
-at the ends.
+at the ends. DeBERTa's positions to content are the same of keys (`keyed`), whose gradient arises where keys hold the tile.
 """
 
 # pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportGeneralTypeIssues=false

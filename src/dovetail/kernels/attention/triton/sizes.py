@@ -19,7 +19,7 @@ class Tiles(NamedTuple):
 
 
 # kernel, and what is asked of it: {width: tiles}, in bf16 and fp16, on a processor with the shared memory of an H100.
-# band: a bound behind; pair: two forms; table: a score by distance; rows: by query and distance
+# band: a bound behind; pair: two forms; table: a score by distance; rows: by query, or key, and distance
 NARROW: dict[str, dict[int, Tiles]] = {
     "attend": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 4, 2)},
     "attend band": {64: Tiles(64, 64, 4, 2), 128: Tiles(128, 64, 4, 2)},
@@ -35,7 +35,7 @@ NARROW: dict[str, dict[int, Tiles]] = {
     "keys band": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 3)},
     "keys pair": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 3)},
     "keys table": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 3)},
-    "keys rows": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 32, 4, 2)},
+    "keys rows": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2)},
     "diagonals table": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 3)},
 }
 WIDE = Tiles(64, 32, 4, 1)  # of fp32, whose factors are three each on tensor cores, made in registers
