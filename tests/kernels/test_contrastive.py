@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from dovetail.errors import DataError
 from dovetail.kernels import contrastive as folder
 from dovetail.kernels import twins
-from dovetail.kernels.chunks import has_triton
 from dovetail.kernels.contrastive import contrastive, plain, plan, reference
 from dovetail.kernels.contrastive.walk import Found, walk
+from dovetail.kernels.installed import TRITON
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("softmax", "rows", "sigmoid")
@@ -259,7 +259,7 @@ def test_compiles_whole() -> None:
 def test_plans_and_the_plain_twin() -> None:
     assert {plan("cpu", dtype).path for dtype in (torch.bfloat16, torch.float32, torch.float64)} == {"blocks"}
     assert {plan("cuda", dtype).path for dtype in (torch.float32, torch.float64)} == {"blocks"}
-    assert plan("cuda", torch.bfloat16).path == ("triton" if has_triton() else "blocks")
+    assert plan("cuda", torch.bfloat16).path == ("triton" if TRITON else "blocks")
     inputs = made(5, 5, 3)
     with twins.plain():
         assert plan("cuda", torch.bfloat16).path == "reference"

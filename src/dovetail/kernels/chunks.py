@@ -6,7 +6,6 @@ tokens that they speak of, never as a difference of two sums: their exponentials
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import nullcontext
 from functools import cache
 
@@ -65,9 +64,3 @@ def ceil_div(n: int, size: int) -> int:
 def roomy(device: torch.device) -> bool:
     """Whether a processor's shared memory is as large as an H100's."""
     return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200 * 1024
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed, for the kernels that run on CUDA."""
-    return importlib.util.find_spec("triton") is not None

@@ -16,7 +16,7 @@ from dovetail.kernels.attention.coords import Ahead, Both, BoundMask, Coords, Ru
 from dovetail.kernels.attention.plan import Plan, plan
 from dovetail.kernels.attention.reference import Region
 from dovetail.kernels.attention.regions import merge
-from dovetail.kernels.attention.score import Content, Distance, RelativeLogits, Score, Toeplitz
+from dovetail.kernels.attention.score import Content, Distance, RelativeLogits, Score, Term, Toeplitz
 
 
 def attend(
@@ -78,6 +78,6 @@ def _scale(q: Tensor, score: Score | None, scale: float | None) -> float:
 
 
 __all__ = [
-    "Ahead", "Both", "BoundMask", "Content", "Coords", "Distance", "Plan", "Region", "RelativeLogits", "Rule", "Score", "Side", "Span", "Toeplitz", "attend", "attend_lse",
+    "Ahead", "Both", "BoundMask", "Content", "Coords", "Distance", "Plan", "Region", "RelativeLogits", "Rule", "Score", "Side", "Span", "Term", "Toeplitz", "attend", "attend_lse",
     "attend_regions", "merge", "plan", "reference",
 ]  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -13,6 +12,7 @@ from dovetail.kernels.attention import triton
 from dovetail.kernels.attention.bands import TILE
 from dovetail.kernels.attention.coords import BoundMask, Coords, Rule, Side
 from dovetail.kernels.attention.score import Score
+from dovetail.kernels.installed import TRITON
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def plan(
     hides = mask is not None and not mask.full
     if plain and device == "cpu" and dtype == torch.bfloat16 and queries >= _BAND and not dropout:
         return Plan("bands", "bf16 on CPU: bands of queries over a scratch that all layers use")
-    if device == "cuda" and triton.OWN and not dropout and _triton():
+    if device == "cuda" and triton.OWN and not dropout and TRITON:
         if "decode" in triton.OWN and triton.decodes(mask, score, queries, width, dtype):
             return Plan(
                 "split keys", "few queries: own kernels, which split the keys among programs and read what is filled"
@@ -93,11 +93,6 @@ _WHY = {
     "dilated": "a mask of every n-th token: own kernels, to which tokens n apart are a row of their own",
     "plain": "own kernels",
 }
-
-
-@cache
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _flex_from() -> int:

@@ -137,6 +137,9 @@ class RelativeLogits:
         return self if self.by_key else replace(self, values=self.values[:, :, start:stop])
 
 
+Term = Toeplitz | Distance | Content | RelativeLogits
+
+
 @dataclass(frozen=True)
 class Score:
     """scale: replaces 1/sqrt(D) when given. cap: soft cap c·tanh(s/c), after the terms.
@@ -144,7 +147,7 @@ class Score:
     value_terms(probabilities, start, stop) -> (B,H,t,Dv) is added to the output (Shaw's second half).
     """
 
-    terms: tuple[Toeplitz | Distance | Content | RelativeLogits, ...] = ()
+    terms: tuple[Term, ...] = ()
     scale: float | None = None
     cap: float | None = None
     value_terms: Callable[[Tensor, int, int], Tensor] | None = None

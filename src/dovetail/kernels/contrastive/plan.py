@@ -6,14 +6,14 @@ import torch
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import has_triton
+from dovetail.kernels.installed import TRITON
 
 
 def plan(device: str = "cpu", products: torch.dtype = torch.float32) -> Plan:
     """products: the dtype that products are asked in, autocast's where it is on."""
     if twins.asked():
         return Plan("reference", twins.WHY)
-    if device == "cuda" and products.itemsize == 2 and has_triton():
+    if device == "cuda" and products.itemsize == 2 and TRITON:
         return Plan("triton", "16-bit products on CUDA: scores live in registers, and only their gradient is written")
     if products.itemsize == 2:
         why = "Triton is not installed" if device == "cuda" else "not on CUDA"

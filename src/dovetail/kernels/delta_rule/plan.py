@@ -6,7 +6,7 @@ import torch
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import has_triton
+from dovetail.kernels.installed import TRITON
 
 
 def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
@@ -15,7 +15,7 @@ def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float3
         return Plan("step", twins.WHY)
     if queries == 1:
         return Plan("step", "one token: one update of the state")
-    if device == "cuda" and has_triton() and dtype != torch.float64:
+    if device == "cuda" and TRITON and dtype != torch.float64:
         widest = 128 if dtype == torch.float32 else 256
         if width <= widest:
             return Plan("triton", "on CUDA: chunks inverted side by side (WY), then walked with the state in registers")

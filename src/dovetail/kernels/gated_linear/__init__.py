@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import has_triton, without_autocast
+from dovetail.kernels.chunks import without_autocast
 from dovetail.kernels.gated_linear import chunked, reference
+from dovetail.kernels.installed import TRITON
 
 WIDEST = 256  # of keys and of values, of which a GPU's tiles hold a whole row
 
@@ -54,7 +55,7 @@ def plan(queries: int, device: str = "cpu", dtype: torch.dtype = torch.float32, 
         return Plan("step", twins.WHY)
     if queries == 1:
         return Plan("step", "one token: one update of the state")
-    if device == "cuda" and dtype.itemsize <= 4 and width <= WIDEST and has_triton():
+    if device == "cuda" and dtype.itemsize <= 4 and width <= WIDEST and TRITON:
         return Plan("triton", "decays by channel on CUDA: one walk for the states, then all chunks at once")
     return Plan("chunked", "decays by channel over a row: products between halves inside chunks, the state across")
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import has_triton
+from dovetail.kernels.installed import TRITON
 from dovetail.kernels.legs_recurrence import reference, walk
 
 CHUNK = 16  # tokens: products of all rows' chunks fill a GPU, and what is read for the walk grows with it
@@ -43,7 +43,7 @@ def plan(length: int, order: int, *, plain: bool, device: str = "cpu") -> Plan:
         return Plan("step by step", "a state, padding or documents: every row counts its own tokens")
     if length * order * (order + CHUNK) > ENTRIES:
         return Plan("step by step", f"matrices of {length} tokens are more than {ENTRIES:,} entries")
-    inside = "one Triton kernel a chunk" if device == "cuda" and has_triton() else "a few small operations a token"
+    inside = "one Triton kernel a chunk" if device == "cuda" and TRITON else "a few small operations a token"
     return Plan("chunks", f"the memory of {CHUNK} tokens by one product; {inside}")
 
 
@@ -68,7 +68,7 @@ def matrices(chunks: int, order: int, dtype: torch.dtype, device: torch.device) 
 
 def _walk(x: Tensor) -> Any:
     """The module that walks inside a chunk."""
-    if x.is_cuda and x.dtype == torch.float32 and has_triton():
+    if x.is_cuda and x.dtype == torch.float32 and TRITON:
         from dovetail.kernels.legs_recurrence import triton
 
         return triton

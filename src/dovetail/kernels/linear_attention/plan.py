@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
 import torch
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
+from dovetail.kernels.installed import TRITON
 from dovetail.kernels.linear_attention.spans import WIDEST
 
 
@@ -28,7 +26,7 @@ def plan(
         return Plan("reference", twins.WHY)
     if state and tokens == 1:
         return Plan("recurrent", "one token: its outer product onto the state, one product with it")
-    if causal and device == "cuda" and widest <= WIDEST and dtype != torch.float64 and _triton():
+    if causal and device == "cuda" and widest <= WIDEST and dtype != torch.float64 and TRITON:
         return Plan("triton", "causal on CUDA: spans of a row side by side, their states in registers")
     if causal:
         return Plan(
@@ -37,8 +35,3 @@ def plan(
     if segments:
         return Plan("chunked", "documents apart: chunks from left to right and back")
     return Plan("products", "nothing is masked: keys times values, then queries times that")
-
-
-@cache
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import autocasts, has_triton
+from dovetail.kernels.chunks import autocasts
+from dovetail.kernels.installed import TRITON
 from dovetail.kernels.mixed_chunk import chunked, reference
 from dovetail.kernels.mixed_chunk.step import Past, after, step
 
@@ -96,7 +97,7 @@ def plan(
         return Plan("reference", twins.WHY)
     if state and tokens == 1:
         return Plan("recurrent", "one token: its own chunk's keys, and one product with the matrix of the earlier ones")
-    fits = device == "cuda" and width <= WIDEST and dtype != torch.float64 and has_triton()
+    fits = device == "cuda" and width <= WIDEST and dtype != torch.float64 and TRITON
     torch_only = _torch_only(causal, segments, state, dropout)
     if fits and not torch_only:
         return Plan("triton", f"on CUDA: chunks of {chunk} side by side, their weights in registers")

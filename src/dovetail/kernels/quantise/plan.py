@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
 from dovetail.kernels import twins
+from dovetail.kernels.installed import TRITON
 
 MOST_ROWS = 32  # beyond them a weight's dequantising is small beside its product
-TRITON = importlib.util.find_spec("triton") is not None
 LEAST_BLOCK = 16  # products of tiles take no fewer at once
 
 

@@ -6,7 +6,7 @@ import torch
 
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.chunks import has_triton
+from dovetail.kernels.installed import TRITON
 
 _ENTRIES = 64  # of a channel: more do not fit into the registers of one program
 
@@ -17,7 +17,7 @@ def plan(tokens: int, entries: int, *, device: str = "cpu", dtype: torch.dtype =
         return Plan("step", twins.WHY)
     if tokens == 1:
         return Plan("step", "one token: one update of the state")
-    if device != "cuda" or not has_triton():
+    if device != "cuda" or not TRITON:
         why = "Triton is not installed" if device == "cuda" else "not on CUDA"
         return Plan("chunked", f"{why}: rounds inside chunks, the state across, in plain torch")
     if dtype == torch.float64 or entries > _ENTRIES:

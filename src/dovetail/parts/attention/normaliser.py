@@ -19,11 +19,10 @@ from dovetail.kernels.attention import (
     BoundMask,
     Content,
     Coords,
-    Distance,
     Plan,
     Region,
     Score,
-    Toeplitz,
+    Term,
     attend,
     attend_regions,
     plan,
@@ -225,7 +224,7 @@ class LaplaceModule(Summed):
         return laplace.plan()
 
 
-def _times(term: Toeplitz | Distance | Content, factor: Tensor, at: Coords) -> Content:
+def _times(term: Term, factor: Tensor, at: Coords) -> Content:
     """A term of the score times a factor (B|1,1,T,1) of each query."""
 
     def compute(start: int, stop: int) -> Tensor:
