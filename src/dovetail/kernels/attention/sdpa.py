@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,12 +13,9 @@ from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.score import Score
 
 _WIDTH = 128  # of heads that every fused operator takes
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_CUDNN = SDPBackend.CUDNN_ATTENTION
+_OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+_LONG = 4096  # queries from which cuDNN gains more than its plan costs
 
 
 def attend(
@@ -51,13 +50,22 @@ def attend(
         # All heads of one query see the same keys: those of a group become rows, and no key is repeated.
         B, H, _, D = q.shape
         folded = q.reshape(B, k.shape[1], H // k.shape[1], D)
-        out = F.scaled_dot_product_attention(folded, k, v, bias, dropout, scale=scale).reshape(B, H, 1, -1)
-    elif q.is_cuda:
-        with sdpa_kernel(_BACKENDS, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
+        out = _fused(folded, k, v, attn_mask=bias, dropout_p=dropout, scale=scale).reshape(B, H, 1, -1)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=scale, enable_gqa=grouped)
+        given: dict[str, Any] = {"attn_mask": bias, "dropout_p": dropout, "is_causal": causal}
+        out = _fused(q, k, v, **given, scale=scale, enable_gqa=grouped)
     if mask is not None and score is not None and len(score.terms) and not mask.full:
         # A float bias of -inf everywhere is NaN in some backends; an empty row is zero by contract.
         out = torch.where(mask.dense().any(-1, keepdim=True), out, torch.zeros_like(out))
     return out[..., :Dv] if Dv < D else out
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+    """torch's own, by the first operator that can. On CUDA cuDNN is the fastest, but makes a plan for every new shape, which
+    takes the host tens of milliseconds: not for keys that grow by a token a step, nor for prompts of any length."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **given)
+    lasting = torch.is_grad_enabled() or torch.compiler.is_compiling() or q.shape[2] >= _LONG
+    first = [_CUDNN, *_OTHERS] if lasting else [*_OTHERS, _CUDNN]
+    with sdpa_kernel([*first, SDPBackend.MATH], set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **given)

@@ -16,10 +16,10 @@ from dovetail.kernels.attention.score import Score
 from dovetail.kernels.attention.triton import content, few_queries, operator, two_forms
 from dovetail.kernels.attention.triton.sizes import WIDEST
 
-# What these kernels get on CUDA, of what `kind` names, "decode" and "regions". Dilated masks won forward and backward,
-# windows forward (backward by the sweep of their tiles alone); tables hold O(T) numbers at about the speed of a dense mask,
-# which at D64 is still ahead with the backward; regions had no kernel but plain products.
-OWN: tuple[str, ...] = ("table", "window", "dilated", "regions")
+# What these kernels get on CUDA, of what `kind` names, "decode" and "regions": docs/results/attention_triton.json, sparse.json.
+# Windows and dilated masks won forward and backward; tables hold O(T) numbers at the speed of a dense mask or above, but for
+# ALiBi's backward (0.95x); rows and regions had no kernel but tiles of plain products. Documents lost to FlexAttention.
+OWN: tuple[str, ...] = ("table", "rows", "window", "dilated", "regions")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, score: Score | None, scale: float) -> Tensor:
