@@ -60,7 +60,7 @@ if TINY:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to take the step. chunk: log2 of the logits that live at a time without fusion (fused: twice as many).
+    """A way to take the step. chunk: log2 of half the logits that live at a time.
     again: every how many blocks are checkpointed. budget: share of the activations that Inductor's partition may keep.
     folded: the clip inside the optimiser's pass."""
 

@@ -1,4 +1,4 @@
-"""linear is torch's, whichever way the weight lies and however many cores share a vector."""
+"""linear is torch's, whichever way the weight lies and however many cores share a vector; its weight's gradient in pieces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dovetail.kernels.linear import linear
+from dovetail.kernels.linear.accumulate import add_product
 
 
 @pytest.fixture
@@ -39,3 +40,20 @@ def test_gradients_go_through_torch() -> None:
     laid = torch.randn(128, 70).t().requires_grad_()
     linear(x, laid).sum().backward()
     assert torch.allclose(x.grad, laid.sum(0, keepdim=True)) and laid.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_add_product(dtype: torch.dtype) -> None:
+    """Σ yᵀ x over pieces, into one sum. On CUDA, where 16-bit products are added up in fp32, without their rounding."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    y, x = (torch.randn(3, 40, k, device=device).to(dtype) for k in (24, 16))
+    total: torch.Tensor | None = None
+    for piece in zip(y, x, strict=True):
+        before, total = total, add_product(total, *piece, device)
+        assert before is None or total is before
+    right = torch.einsum("cno,cni->oi", y.double(), x.double())
+    assert total is not None and total.dtype == torch.promote_types(dtype, torch.float32)
+    narrow = dtype.itemsize == 2 and not cuda
+    rtol = torch.finfo(dtype).eps if narrow else 1e-5
+    torch.testing.assert_close(total.double(), right, rtol=rtol, atol=8 * rtol)

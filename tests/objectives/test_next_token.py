@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import dovetail as dt
 from dovetail.errors import DataError, SpecError
+from dovetail.kernels.linear.accumulate import add_product
 from dovetail.objectives import next_token
-from dovetail.objectives.next_token import NextToken, cross_entropy
+from dovetail.objectives.next_token import NextToken, cross_entropy, through_head
 from dovetail.spec import Spec
 from oracles import oracle_for
 
@@ -205,3 +206,57 @@ def test_a_frozen_head_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     wanted = torch.nn.functional.cross_entropy(head(h), labels, reduction="sum")
     ours, theirs = (torch.autograd.grad(loss, h)[0] for loss in (total, wanted))
     assert torch.allclose(total, wanted) and torch.allclose(ours, theirs, atol=1e-12)
+
+
+class Tied(nn.Module):
+    """Ids to vectors and back by the same rows."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.table = nn.Embedding(23, 8, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.table.weight)
+
+
+@pytest.mark.parametrize("head", ["untied", "tied", "adapted", "bias", "scaled before"])
+def test_products_add_up_a_plain_heads_gradient(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp64, several chunks: by products where the head is one, as autograd goes elsewhere; the same either way."""
+    monkeypatch.setitem(next_token._CHUNK, "cpu", 64 * 23)
+    added: list[Any] = []
+    monkeypatch.setattr(next_token, "add_product", lambda *a: added.append(a) or add_product(*a))
+    base = Tied(torch.float64) if head == "tied" else nn.Linear(8, 23, bias=head == "bias").double()
+    low = nn.Linear(8, 23, bias=False).double()
+    heads = {"adapted": lambda x: base(x) + low(x), "scaled before": lambda x: base(2 * x)}
+    run, learn = heads.get(head, base), [*base.parameters(), *(low.parameters() if head == "adapted" else [])]
+    ids, labels = torch.randint(0, 23, (150,)), torch.randint(0, 23, (150,))
+    h = base.table(ids) if isinstance(base, Tied) else torch.randn(150, 8, dtype=torch.float64)
+    found = torch.autograd.grad(cross_entropy(run, h, labels)[0], learn)
+    h = base.table(ids) if isinstance(base, Tied) else h
+    wanted = torch.autograd.grad(F.cross_entropy(run(h), labels, reduction="sum"), learn)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(added) == (3 if head in ("untied", "tied") else 0)
+
+
+def test_an_autocast_heads_gradient_is_added_up_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casts do not keep a head from being a product: its fp32 weight's gradient is of the 16-bit factors."""
+    monkeypatch.setitem(next_token._CHUNK, "cpu", 64 * 23)
+    added: list[Any] = []
+    monkeypatch.setattr(next_token, "add_product", lambda *a: added.append(a) or add_product(*a))
+    head, h, labels = nn.Linear(8, 23, bias=False), torch.randn(150, 8), torch.randint(0, 23, (150,))
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(cross_entropy(head, h, labels)[0], head.weight)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(head(h), labels, reduction="sum"), head.weight)
+    assert [x.dtype for _, x, *_ in added] == [torch.bfloat16] * 3 and found.dtype == torch.float32
+    assert (found - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_any_loss_goes_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`through_head` alone knows of products, whatever is computed from the logits."""
+    monkeypatch.setitem(next_token._CHUNK, "cpu", 64 * 23)
+    head, h = nn.Linear(8, 23, bias=False).double(), torch.randn(150, 8, dtype=torch.float64, requires_grad=True)
+    total = through_head(head, h, lambda y, rows: (y.square().sum()[None], 2 * y))[0]
+    found = torch.autograd.grad(total, [h, head.weight])
+    for a, b in zip(found, torch.autograd.grad(head(h).square().sum(), [h, head.weight]), strict=True):
+        torch.testing.assert_close(a, b)

@@ -8,19 +8,23 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from dovetail.errors import DataError
 from dovetail.kernels import twins
+from dovetail.kernels.cross_entropy import plain, plan, reference, scaled, softmax_loss_
+from dovetail.kernels.linear.accumulate import add_product
 from dovetail.objectives.base import IGNORED, Batch, Loss, Objective, Term, check_direction
 from dovetail.spec import register
 
 # Logits held at a time: rows enough for full matmul speed, far below (B,T,V). 8 MB in fp32 stay in a CPU's cache and
-# in pages that it has; a GPU wants fewer, larger kernels, since each adds a gradient of the whole head to their sum.
+# in pages that it has; a GPU wants fewer, larger kernels, since each adds a gradient of the whole head to their sum. Twice
+# as many where their gradient is written over them.
 _CHUNK = {"cpu": 2**21, "cuda": 2**27}
 _ROWS = 128  # a GPU's tile of a product: rows come in whole ones
+_FORGETFUL = {"MmBackward0", "AddmmBackward0", "AddBackward0", "MulBackward0", "ToCopyBackward0"}
+_counted: str | None = None  # the device whose memory a step on fake tensors is counted for
 
 
 @register(
@@ -85,49 +89,44 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum to minimise, Σ nats, hits) of hidden states h (N,C) against labels (N,), in fp32 (fp64 if h is).
 
-    fused: compile the passes over the logits, as goes with a compiled model.
+    fused: compile what passes over the logits there are in plain torch, as goes with a compiled model.
     """
-    if twins.asked():
-        return plain_cross_entropy(head(h), labels, smoothing, z)
-    differentiate = torch.is_grad_enabled()
-    one = _compiled_softmax_loss() if fused else softmax_loss
+    path = plan(_device(h), h.dtype).path
+    if path == "reference":
+        return reference.cross_entropy(head(h), labels, smoothing, z)
+    differentiate, in_place = torch.is_grad_enabled(), path == "triton"
+    one = _compiled_softmax_loss() if fused else plain.softmax_loss
 
     def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return one(logits, labels[rows], smoothing, z, differentiate)
+        if not in_place:
+            return one(logits, labels[rows], smoothing, z, differentiate)
+        return softmax_loss_(logits, labels[rows], smoothing, z, differentiate), logits if differentiate else None
 
-    total, nats, hits = through_head(head, h, loss, fused=fused)
+    total, nats, hits = through_head(head, h, loss, in_place=in_place)
     return total, nats, hits
 
 
-def plain_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, z: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain twin of `cross_entropy`: torch's own over all logits (N,V) at once, differentiated by autograd."""
-    logits, real = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels != IGNORED
-    known: dict[str, Any] = {"ignore_index": IGNORED, "reduction": "sum"}
-    total = F.cross_entropy(logits, labels, label_smoothing=smoothing, **known)
-    if z:
-        total = total + z * torch.logsumexp(logits[real], -1).square().sum()
-    hits = ((logits.argmax(-1) == labels) & real).sum()
-    return total, F.cross_entropy(logits.detach(), labels, **known), hits
-
-
-def rows_at_once(rows: int, vocab: int, device: str, fused: bool) -> int:
-    """Rows of logits that live at a time, of `rows`. fused: passes that are compiled hold half as much of each."""
+def rows_at_once(rows: int, vocab: int, device: str, in_place: bool) -> int:
+    """Rows of logits that live at a time, of `rows`. in_place: nothing of their size lives beside them."""
     if twins.asked():
         return rows
-    most = _CHUNK.get(device, _CHUNK["cuda"]) * (2 if fused and device != "cpu" else 1) // vocab
+    most = _CHUNK.get(device, _CHUNK["cuda"]) * (2 if in_place else 1) // vocab
     return max(64, most // _ROWS * _ROWS if most >= _ROWS else most)
 
 
 @contextmanager
 def as_on(device: str) -> Iterator[None]:
-    """Inside, a CPU cuts logits as `device` does: a step whose memory is only counted runs on none. Passes are not fused
-    then, and as many bytes of half as many rows are counted."""
-    before = _CHUNK["cpu"]
-    _CHUNK["cpu"] = _CHUNK.get(device, _CHUNK["cuda"])
+    """Inside, logits are cut and gradients added up as on a `device`, of a step on fake tensors whose memory is counted."""
+    global _counted
+    before, _counted = _counted, device
     try:
         yield
     finally:
-        _CHUNK["cpu"] = before
+        _counted = before
+
+
+def _device(x: Tensor) -> str:
+    return _counted or x.device.type
 
 
 def through_head(
@@ -135,38 +134,53 @@ def through_head(
     h: Tensor,
     loss: Callable[[Tensor, slice], tuple[Tensor, Tensor | None]],
     *,
-    fused: bool = False,
+    in_place: bool = False,
 ) -> list[Tensor]:
     """Sums over the logits of hidden states h (N,C), the first of which can be differentiated.
 
     loss(logits (n,V) of those rows, rows of h): ((k,) sums, gradient of the first with respect to the logits (n,V), or
-    None without gradients). Logits live one chunk of rows at a time. Their gradient is pulled back through `head`
-    (whatever that is: tied, adapted, biased) at once, and kept as (N,C) and in the shape of the head's parameters
-    until the backward asks for it: nothing is computed twice.
+    None without gradients). in_place: it writes the gradient over the logits. Logits live one chunk of rows at a time.
+    Their gradient is pulled back through `head` (whatever that is: tied, adapted, biased) at once, and kept as (N,C) and
+    in the shape of the head's parameters until the backward asks for it: nothing is computed twice.
     """
-    differentiate = torch.is_grad_enabled()
-    probe = head(h[:1].detach())
-    leaves = _leaves(probe) if differentiate else []
-    rows = rows_at_once(h.shape[0], probe.shape[-1], h.device.type, fused)
+    differentiate, device = torch.is_grad_enabled(), _device(h)
+    first = h[:1].detach().requires_grad_(differentiate)
+    probe = head(first)
+    leaves = [leaf for leaf in _leaves(probe) if leaf is not first]
+    rows = rows_at_once(h.shape[0], probe.shape[-1], device, in_place)
+    # Where the head is a product and nothing else, that of the gradients adds up the weight's. One chunk has no sum.
+    product = rows < h.shape[0] and _is_product(probe, first)
     sums: Tensor | None = None
     d_h = torch.empty_like(h) if differentiate else h
     d_leaves: list[Tensor] = []
-    for start in range(0, h.shape[0], rows):
+
+    def chunk(start: int) -> Tensor:
+        """Sums of the rows from `start` on; what has their logits' size is gone after it."""
+        nonlocal d_leaves
         span = slice(start, start + rows)
         x = h[span].detach().requires_grad_(differentiate)
         logits = head(x)
-        part, d_logits = loss(logits.detach(), span)
-        sums = part if sums is None else sums + part
+        apart = in_place and differentiate and not _forgets(logits)
+        part, d_logits = loss(logits.detach().clone() if apart else logits.detach(), span)
         if d_logits is None:
-            continue
-        d_h[span], *d_part = torch.autograd.grad(logits, [x, *leaves], d_logits)
+            return part
+        d_h[span], *d_part = torch.autograd.grad(logits, [x] if product else [x, *leaves], d_logits)
+        if product:
+            before = d_leaves[0] if d_leaves else None
+            d_leaves = [add_product(before, d_logits, x.detach().to(d_logits.dtype), device)]
+            return part
         if not start:
             d_leaves = d_part
-            continue
+            return part
         if start == rows:  # sums are wide and of their own; one chunk needs neither
             d_leaves = [d.to(torch.promote_types(d.dtype, torch.float32), copy=True) for d in d_leaves]
         if d_leaves:
             torch._foreach_add_(d_leaves, d_part)
+        return part
+
+    for start in range(0, h.shape[0], rows):
+        part = chunk(start)
+        sums = part if sums is None else sums + part
     assert sums is not None
     total, *rest = sums.unbind()
     if differentiate:
@@ -174,43 +188,33 @@ def through_head(
     return [total, *rest]  # type: ignore[list-item]
 
 
-def softmax_loss(
-    logits: Tensor, labels: Tensor, smoothing: float, z: float, differentiate: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(3,) sums (loss, nats, hits) of logits (N,V), and d loss / d logits (N,V) in the logits' dtype."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    real = labels != IGNORED
-    target = labels.clamp_min(0)[:, None]
-    log_p = torch.log_softmax(logits, -1, dtype=wide)
-    nll = -log_p.gather(-1, target).squeeze(-1)
-    loss = nll
-    if smoothing:
-        loss = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
-    log_z = None
-    if z:
-        log_z = logits[:, 0].to(wide) - log_p[:, 0]
-        loss = loss + z * log_z.square()
-    hits = -nll >= log_p.amax(-1)  # several times faster than argmax on CPU
-    sums = torch.stack(
-        [torch.where(real, loss, 0).sum(), torch.where(real, nll, 0).sum(), (hits & real).sum().to(wide)]
-    )
-    if not differentiate:
-        return sums, None
-    grad = log_p.exp_()
-    if log_z is not None:
-        grad.mul_((1 + 2 * z * log_z)[:, None])
-    if smoothing:
-        grad.sub_(smoothing / logits.shape[-1])
-    if torch.compiler.is_compiling():  # fuses with what stands around it, where a scatter would not
-        grad.sub_((1 - smoothing) * (torch.arange(grad.shape[-1], device=grad.device) == target))
-    else:
-        grad.scatter_add_(-1, target, torch.full_like(target, -(1 - smoothing), dtype=wide))
-    return sums, grad.mul_(real[:, None]).to(logits.dtype)
-
-
 @cache
 def _compiled_softmax_loss() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return torch.compile(softmax_loss)
+    return torch.compile(plain.softmax_loss)
+
+
+def _is_product(y: Tensor, x: Tensor) -> bool:
+    """Whether y (n,O) is x Wᵀ of a parameter W that learns, and nothing else, as autograd has seen it made; casts, as
+    autocast's, do not count."""
+    made = y.grad_fn
+    if made is None or made.name() != "MmBackward0":
+        return False
+    (left, _), (right, _) = made.next_functions
+    if _leaf(left) is not x or right is None or right.name() != "TBackward0":
+        return False
+    weight = _leaf(right.next_functions[0][0])
+    return isinstance(weight, nn.Parameter) and weight.shape == (y.shape[1], x.shape[1])
+
+
+def _leaf(node: Any) -> Tensor | None:
+    while node is not None and node.name() == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
+
+
+def _forgets(y: Tensor) -> bool:
+    """Whether what made y does not need it again to be differentiated (as tanh would), so that it may be written over."""
+    return y.grad_fn is not None and y.grad_fn.name() in _FORGETFUL
 
 
 def _leaves(x: Tensor) -> list[Tensor]:
@@ -241,7 +245,5 @@ class _Deliver(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         # Written in the type that is asked for: no wide copy beside all that the backward still needs.
-        given = [torch.empty_like(d, dtype=dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        for out, d in zip(given, ctx.saved_tensors, strict=True):
-            torch.mul(d, grads[0].to(d.dtype), out=out)
+        given = [scaled(d, grads[0], dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return (None, None, *given, *[None] * len(given))
