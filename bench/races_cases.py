@@ -141,6 +141,15 @@ def gated(dtype: torch.dtype) -> Run:
     return lambda: differentiated(list(triton.gated_linear(q, k, v, decay, start, reset, 0.1)), leaves)
 
 
+def gate(dtype: torch.dtype, width: int) -> Run:
+    """Every activation, in rows that are a slice of wider ones."""
+    from dovetail.kernels.gate import ACTIVATIONS, operator
+
+    torch.manual_seed(0)
+    wide = torch.randn(200 // SHORT, 2 * width + 8, device=DEVICE).to(dtype).requires_grad_()
+    return lambda: [t for a in ACTIVATIONS for t in differentiated([operator.gated(wide[:, : 2 * width], a)], [wide])]
+
+
 def delta(dtype: torch.dtype, decays: bool) -> Run:
     from dovetail.kernels.delta_rule import triton
 
@@ -216,6 +225,22 @@ def contrastive(dtype: torch.dtype, form: str) -> Run:
     return run
 
 
+def softmax(dtype: torch.dtype, vocab: int) -> Run:
+    """Several steps of a reading; ragged unless vocab is a multiple of 16."""
+    from dovetail.kernels.cross_entropy import scaled, softmax_loss_, triton
+
+    torch.manual_seed(0)
+    logits = torch.randn(6, vocab, device=DEVICE).to(dtype)
+    labels = torch.tensor([0, vocab - 1, -100, 5, vocab // 2, 7], device=DEVICE)
+
+    def run() -> list[Tensor]:
+        x = logits.clone()
+        sums = softmax_loss_(x, labels, 0.1, 1e-3, True)
+        return [sums, x, triton.scaled(logits.float(), sums[0], dtype), scaled(logits.float(), sums[0], dtype)]
+
+    return run
+
+
 def codes(dtype: torch.dtype) -> Run:
     from dovetail.kernels.quantise import NF4, triton, triton_linear
 
@@ -257,6 +282,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "linear gated": lambda: linear(FP32 if GPU else NARROW, False, gated=True),
     "gated linear": lambda: gated(NARROW),
     "gated linear fp32": lambda: gated(FP32),
+    "gate": lambda: gate(NARROW, 1536),
+    "gate fp32": lambda: gate(FP32, 37),
     "delta rule": lambda: delta(FP32, False),
     "delta rule gated": lambda: delta(NARROW, True),
     "mixed chunks": lambda: mixed(NARROW, False, True),
@@ -266,5 +293,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "legs": legs_walk,
     "contrastive softmax": lambda: contrastive(NARROW, "softmax"),
     "contrastive sigmoid": lambda: contrastive(NARROW, "sigmoid"),
+    "softmax": lambda: softmax(NARROW, 40_000),
+    "softmax ragged": lambda: softmax(NARROW, 33_333),
+    "softmax fp32": lambda: softmax(FP32, 20_000),
     "codes": lambda: codes(NARROW),
 }

@@ -1,12 +1,13 @@
-"""Which kernel serves each mixer, with each position and mask, on CUDA and on CPU. Used by generate.py.
+"""Which kernel serves each mixer, with each position and mask, and each gate, on CUDA and on CPU. Used by generate.py.
 
-Every cell is what a small model of that mixer says of itself when it is built, as `dovetail show --plan` does. Positions
+Every cell is what a small model of that part says of itself when it is built, as `dovetail show --plan` does. Positions
 that are served alike share a row, masks a column. A path in bold is plain torch for want of a kernel.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -98,9 +99,9 @@ def page() -> str:
 
 @cache
 def tables() -> tuple[Table, ...]:
-    """A table of positions and masks for each mixer that has a mask, and one of all other mixers."""
+    """A table of positions and masks for each mixer that has a mask, one of all other mixers, one of gates."""
     masked = [e.kind for e in _all("mixer") if _holds(e, "mask")]
-    return (*map(by_mask, masked), others([e.kind for e in _all("mixer") if e.kind not in masked]))
+    return (*map(by_mask, masked), others([e.kind for e in _all("mixer") if e.kind not in masked]), gates())
 
 
 def by_mask(kind: str) -> Table:
@@ -132,6 +133,16 @@ def others(kinds: list[str]) -> Table:
     return Table("Other mixers", "Their masks are a part of what they are.", ("kernels", "uses"), tuple(told))
 
 
+def gates() -> Table:
+    """Of gated feed-forwards, by activation."""
+    rows: dict[Served, list[str]] = {}
+    for e in _all("activation"):
+        blocks = {"feedforward": {"kind": "glu", "activation": example("activation", e.kind)}}
+        rows.setdefault(said(lambda blocks=blocks: _model("decoder", blocks), "feedforward"), []).append(e.kind)
+    told = tuple((", ".join(names), (found,), ()) for found, names in rows.items())
+    return Table("Gates of feed-forwards", "act(gate) · up, by activation.", ("kernels",), told)
+
+
 def positions(kind: str) -> list[str | None]:
     """The positions that a mixer takes; None alone where it has none."""
     if not _holds(entry("mixer", kind), "position"):
@@ -144,13 +155,19 @@ def served(kind: str, position: str | None, mask: str | None) -> Served:
     """The plans of a mixer of that kind on each device."""
     given = {"position": position, "mask": mask}
     mixer = example("mixer", kind) | {name: example(name, of) for name, of in given.items() if of is not None}
+    return said(lambda: _built(entry("mixer", kind), mixer), "mixer")
+
+
+def said(build: Callable[[], Any], branch: str) -> Served:
+    """What the "mixer" or "feedforward" of what is built says for each device."""
     found = []
     for device, dtype in DEVICES.items():
         try:
-            module = _built(entry("mixer", kind), mixer)
+            module = build()
         except BuildError:
             return Served(None)
-        choosing = [m for m in module.to(dtype).modules() if hasattr(m, "plans")]
+        named = module.to(dtype).named_modules()
+        choosing = [m for name, m in named if branch in name.split(".") and hasattr(m, "plans")]
         plans = {use: plan for m in choosing for use, plan in m.plans(device, LENGTH).items()}
         # How many of the tiles are empty differs from mask to mask, and is no other reason.
         told = tuple((use, Plan(p.path, re.sub(r"all but \d+%", "all but few", p.why))) for use, p in plans.items())
@@ -181,7 +198,11 @@ def _built(e: Entry, mixer: dict[str, Any]) -> Any:
             stages = {"kind": "stages", "stages": [{"depth": 1, "norm": None, "blocks": {"mixer": mixer}}]}
             return slot.build(Spec.parse("container", stages), "container")
     kind = "encoder" if e.capabilities.get("causal") is False else "decoder"
-    whole = {"kind": kind, "vocab": 256, "dim": DIM, "depth": 1, "context": LENGTH, "blocks": {"mixer": mixer}}
+    return _model(kind, {"mixer": mixer})
+
+
+def _model(kind: str, blocks: dict[str, Any]) -> Any:
+    whole = {"kind": kind, "vocab": 256, "dim": DIM, "depth": 1, "context": LENGTH, "blocks": blocks}
     return dt.build(whole, weights=False)
 
 

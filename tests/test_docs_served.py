@@ -47,11 +47,21 @@ def test_a_cell_says_what_show_says(
             main()
         assert not end.value.code
         shown = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+        shown = [p for p in shown if "mixer" in p["layers"]]
         assert [(p["use"], p["path"], p["reference"]) for p in shown] == [
             (use, plan.path, plan.falls_back(device)) for use, plan in plans
         ]
         assert all(p["reference"] for p in shown)  # plain torch on either: value terms need the probabilities
     assert told.cell({}) == "cuda: **tiled** [1](#why-1)<br>cpu: **tiled** [1](#why-1)"
+
+
+def test_gates_are_served_by_activation(docs: Any) -> None:
+    pytest.importorskip("triton")
+    rows = {name: cells[0].cell({}) for name, cells, _ in docs.gates().rows}
+    assert sum(len(names.split(", ")) for names in rows) == len(dt.registry("activation")) and len(rows) == 2
+    known, others = sorted(rows, key=lambda names: "silu" not in names.split(", "))
+    assert rows[known] == "cuda: triton [1](#why-1)<br>cpu: plain [2](#why-2)"
+    assert "swish" in others and rows[others] == "cuda: **plain** [1](#why-1)<br>cpu: plain [2](#why-2)"
 
 
 def test_what_is_served_alike_shares_a_row(docs: Any) -> None:

@@ -11,7 +11,9 @@ import torch
 from dovetail.kernels import (
     attention,
     contrastive,
+    cross_entropy,
     delta_rule,
+    gate,
     gated_linear,
     legs_recurrence,
     linear_attention,
@@ -25,7 +27,9 @@ BF16 = torch.bfloat16
 PLANS: dict[str, Callable[[], object]] = {
     "attention": lambda: attention.plan(device="cuda", dtype=BF16, queries=512, width=64, mask=None, score=None),
     "contrastive": lambda: contrastive.plan("cuda", BF16),
+    "cross-entropy": lambda: cross_entropy.plan("cuda", BF16),
     "delta rule": lambda: delta_rule.plan(512, device="cuda", dtype=BF16),
+    "gate": lambda: gate.plan("silu", "cuda", BF16),
     "gated linear": lambda: gated_linear.plan(512, "cuda", BF16, 64),
     "HiPPO": lambda: legs_recurrence.plan(512, 64, plain=True, device="cuda"),
     "linear attention": lambda: linear_attention.plan(

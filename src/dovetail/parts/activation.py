@@ -14,11 +14,11 @@ from dovetail.spec import Slot, Spec, register
 
 
 class Pointwise(nn.Module):
-    """A function of each entry alone."""
+    """A function of each entry alone. formula: the kind whose formula it is, where that has no fields."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]):
+    def __init__(self, function: Callable[[Tensor], Tensor], formula: str | None = None):
         super().__init__()
-        self.function = function
+        self.function, self.formula = function, formula
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
@@ -31,7 +31,7 @@ class Activation(Spec):
         raise TypeError(f"{self.kind} does not say its function")
 
     def build(self, slot: Slot) -> nn.Module:
-        return Pointwise(self.function)
+        return Pointwise(self.function, None if type(self).model_fields else self.kind)
 
 
 @register("activation", "identity", oracle="formula: x", source="bilinear gates, Shazeer 2020")

@@ -374,8 +374,8 @@ def _memory_ran_out(error: BaseException) -> bool:
 
 
 def _plans(model: Any, device: str, length: int) -> dict[str, str]:
-    """use -> kernel and why, of the first part that has a plan."""
-    for module in model.modules():
-        if hasattr(module, "plans"):
+    """use -> kernel and why, of the first mixer that has a plan."""
+    for name, module in model.named_modules():
+        if "mixer" in name.split(".") and hasattr(module, "plans"):
             return {use: f"{p.path}: {p.why}" for use, p in module.plans(device, length).items()}  # type: ignore[operator]
     return {}

@@ -2,8 +2,8 @@
 
 What stands at each moment is counted from the storages that live, so that nothing of a model has to be known: what
 autograd keeps, what a backward makes before it lets go, the chunks of the loss. It runs as on a CPU; attention keeps
-the same there (queries, keys, values, output, normaliser), mixers with kernels of their own on CUDA keep what their plain
-torch form does.
+the same there (queries, keys, values, output, normaliser), gates of feed-forwards keep what they do on the device, mixers
+with kernels of their own on CUDA what their plain torch form does.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dovetail.kernels import gate
 from dovetail.objectives.next_token import as_on, cross_entropy
 from dovetail.parts.containers import StackModule
 from dovetail.training.device import autocast
@@ -94,7 +95,7 @@ def step_bytes(
             if isinstance(stack, StackModule):
                 stack.checkpointing = again
         tokens, labels = (torch.zeros(batch, length, dtype=torch.long) for _ in range(2))
-        with live, as_on(device), partitioned(fake, live) if compiled else nullcontext():
+        with live, as_on(device), gate.as_on(device), partitioned(fake, live) if compiled else nullcontext():
             with autocast(precision, torch.device("cpu")):
                 h = fake(tokens, logits=False).last_hidden_state
                 total = cross_entropy(fake.head, h.flatten(0, -2), labels.flatten(), fused=compiled)[0]

@@ -28,7 +28,7 @@ class Plan:
 
 
 _PLAIN = {"reference", "tiled", "step by step"}
-_PLAIN_ON_CUDA = {"bands", "chunked", "scan"}
+_PLAIN_ON_CUDA = {"bands", "chunked", "scan", "plain"}
 _BAND = 64  # queries from which bands win on a CPU
 _SPARSE = (
     0.35  # share of tiles below which bands win on a CPU in fp32: a tile costs them up to twice what it costs SDPA

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dovetail.kernels import gate
+from dovetail.kernels.attention import Plan
 from dovetail.parts.activation import Silu
 from dovetail.parts.weights import Drops, Linear
 from dovetail.spec import Slot, Spec, register
@@ -43,5 +45,22 @@ class GluModule(Drops):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,T,C) -> (B,T,C')."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.dropout(self.activation(gate) * up))
+        return self.down(self.dropout(self.gated(self.gate_up(x))))
+
+    def gated(self, both: Tensor) -> Tensor:
+        """act(gate) · up (...,h) of both (...,2h)."""
+        formula = self.formula
+        if formula is not None:
+            return gate.gated(both, formula)
+        first, second = both.chunk(2, dim=-1)
+        return self.activation(first) * second
+
+    @property
+    def formula(self) -> str | None:
+        """What the kernels call the activation; None where they do not know it."""
+        name = getattr(self.activation, "formula", None)
+        return name if name in gate.ACTIVATIONS else None
+
+    def plans(self, device: str, length: int) -> dict[str, Plan]:
+        """use -> plan, for people."""
+        return {"gate": gate.plan(self.formula, device, self.gate_up.dtype)}

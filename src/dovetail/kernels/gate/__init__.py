@@ -1,0 +1,73 @@
+"""The gate of a gated feed-forward: act(gate) · up of what one product has made of both.
+
+On CUDA it has a backward of its own, which reads gate, up and the gradient once and writes the gradient of both side by
+side, as the products with it want them. (Compilers make that one tensor entry by entry, from either half, and take the
+exponential of each gate twice.) It keeps nothing but what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import DataError
+from dovetail.kernels import twins
+from dovetail.kernels.attention import Plan
+from dovetail.kernels.gate import reference
+from dovetail.kernels.installed import TRITON
+
+ACTIVATIONS = tuple(reference.FORMULAS)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_cpu_is = "cpu"
+
+
+def gated(both: Tensor, activation: str) -> Tensor:
+    """act(gate) · up (..., h) in the type of both = gate|up (..., 2h); Shazeer 2020, eq. 5-6.
+
+    activation: one of ACTIVATIONS, by the names of the parts. On CUDA both passes compute in fp32 and round what they
+    write once; gradients can be taken once there (a second derivative is refused). Elsewhere it is plain torch.
+
+    Raises DataError for an odd width and for an activation that is not known.
+    """
+    if both.shape[-1] % 2 or activation not in ACTIVATIONS:
+        raise DataError(
+            f"a gate {activation!r} of width {both.shape[-1]}",
+            where="gated",
+            remedy=f"give gate and up side by side, of one width, and one of {', '.join(ACTIVATIONS)}",
+        )
+    device = _cpu_is if both.device.type == "cpu" else both.device.type
+    if plan(activation, device, both.dtype).path == "plain":
+        return reference.gated(both, activation)
+    from dovetail.kernels.gate import operator
+
+    return operator.gated(both, activation)
+
+
+def plan(activation: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
+    """The path and why. activation: None for one that is more than its name, with parameters or weights."""
+    if twins.asked():
+        return Plan("plain", twins.WHY)
+    if device != "cuda":
+        return Plan("plain", "not on CUDA: plain torch, differentiated by autograd")
+    if activation not in ACTIVATIONS:
+        return Plan("plain", f"the kernels know {', '.join(ACTIVATIONS)}: plain torch, which a compiler fuses")
+    if not TRITON or dtype not in _DTYPES:
+        return Plan("plain", "Triton is not installed: plain torch" if not TRITON else f"{dtype}: plain torch")
+    return Plan("triton", "on CUDA: one pass forward (compiled: fused with its neighbours), one of its own back")
+
+
+@contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Inside, tensors on a CPU go the way of `device`: fake ones, of a step whose memory is only counted."""
+    global _cpu_is
+    before, _cpu_is = _cpu_is, device
+    try:
+        yield
+    finally:
+        _cpu_is = before
+
+
+__all__ = ["ACTIVATIONS", "as_on", "gated", "plan", "reference"]

@@ -1,0 +1,75 @@
+"""The kernels as two operations, and how autograd and compilers see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.kernels.gate import reference
+from dovetail.kernels.operation import operation
+
+
+def gated(both: Tensor, activation: str) -> Tensor:
+    """act(gate) · up (..., h) of both = gate|up (..., 2h) in fp32, bf16 or fp16; it alone is kept for the backward.
+
+    To a compiler forward is plain torch, fused with what is around or made again where that is cheaper than keeping it;
+    backward is one operation, which it leaves alone.
+    """
+    if torch.compiler.is_compiling():
+        return _Backwards.apply(both, reference.gated(both.detach(), activation), activation)  # type: ignore[no-any-return]
+    return _forward(both, activation)
+
+
+class _Backwards(torch.autograd.Function):
+    """`out`, whose gradient goes to `both`. It is made outside: what torch 2.11 finds made in a function, it keeps, and
+    does not make again in a checkpointed block."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, out: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(both)
+        ctx.activation = activation
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        return _backward(d_out, both, ctx.activation), None, None
+
+
+@operation("gate")
+def _forward(both: Tensor, activation: str) -> Tensor:
+    from dovetail.kernels.gate import triton
+
+    return triton.forward(both, activation)
+
+
+@operation("gate_backward")
+def _backward(d_out: Tensor, both: Tensor, activation: str) -> Tensor:
+    from dovetail.kernels.gate import triton
+
+    return triton.backward(d_out, both, activation)
+
+
+@_forward.register_fake
+def _(both: Tensor, activation: str) -> Tensor:
+    return both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
+
+
+@_backward.register_fake
+def _(d_out: Tensor, both: Tensor, activation: str) -> Tensor:
+    return both.new_empty(both.shape)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    both, ctx.activation = inputs
+    ctx.save_for_backward(both)
+
+
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+    (both,) = ctx.saved_tensors
+    return _backward(d_out, both, ctx.activation), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
