@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Coords, Side
+from dovetail.kernels.cos_sin import cos_sin
 from dovetail.parts.context import Context
 from dovetail.parts.position.base import PositionModule, head_width
 from dovetail.parts.position.scaling import RopeScaling
@@ -108,8 +109,8 @@ class RopeModule(PositionModule):
                 inverse, factor = self.scaling.frequencies(
                     self.dim, self.rope.theta, self.context, length, positions.device
                 )
-            angle = self.angles(positions, inverse)
-            return (angle.cos() * factor).to(dtype)[:, :, None], (angle.sin() * factor).to(dtype)[:, :, None]
+            cos, sin = cos_sin(self.angles(positions, inverse))
+            return (cos * factor).to(dtype)[:, :, None], (sin * factor).to(dtype)[:, :, None]
 
         key = (*self.key, dtype, ends is None)
         if key not in side.memo:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels.attention import Side
+from dovetail.kernels.cos_sin import cos_sin
 
 
 def waves(side: Side, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,8 @@ def waves(side: Side, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert side.positions is not None
         pair = torch.arange(0, width, 2, device=side.positions.device, dtype=torch.float64)
         angle = side.positions[..., :1] * 10_000.0 ** (-pair / width)
-        side.memo[key] = angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = cos_sin(angle)
+        side.memo[key] = cos.to(dtype), sin.to(dtype)
     return side.memo[key]
 
 
