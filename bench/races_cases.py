@@ -141,6 +141,13 @@ def gated(dtype: torch.dtype) -> Run:
     return lambda: differentiated(list(triton.gated_linear(q, k, v, decay, start, reset, 0.1)), leaves)
 
 
+def projected(dtype: torch.dtype) -> Run:
+    from dovetail.kernels.gate import operator
+
+    wide, weight = (torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_() for shape in ((120, 272), (24, 136)))
+    return lambda: differentiated([operator.projected(wide, "silu", weight)], [wide, weight])
+
+
 def gate(dtype: torch.dtype, width: int) -> Run:
     """Every activation, in rows that are a slice of wider ones."""
     from dovetail.kernels.gate import ACTIVATIONS, operator
@@ -284,6 +291,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "gated linear fp32": lambda: gated(FP32),
     "gate": lambda: gate(NARROW, 1536),
     "gate fp32": lambda: gate(FP32, 37),
+    "gate projected": lambda: projected(NARROW),
     "delta rule": lambda: delta(FP32, False),
     "delta rule gated": lambda: delta(NARROW, True),
     "mixed chunks": lambda: mixed(NARROW, False, True),

@@ -47,13 +47,13 @@ def made(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) ->
 
 
 def errors(run: Callable[[Tensor, str], Tensor], both: Tensor, up: Tensor, activation: str) -> list[float]:
-    """The largest of the output and of the gradient, against the twin in fp64."""
+    """Those of the output and of the gradient against the twin in fp64, as shares of the largest entry."""
     wide = both.detach().double().requires_grad_()
     out, right = run(both, activation), reference.gated(wide, activation)
     assert out.dtype == both.dtype and out.shape == right.shape
     (found,), (wanted,) = torch.autograd.grad(out, both, up), torch.autograd.grad(right, wide, up.double())
     assert found.dtype == both.dtype
-    return [(a.double() - b).abs().max().item() for a, b in ((out, right), (found, wanted))]
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in ((out, right), (found, wanted))]
 
 
 @needs_triton
@@ -64,7 +64,7 @@ def test_equals_the_twin(activation: str) -> None:
     for both in (wide, wide[..., 7:81], made(2, 2 * 1100), made(6, 16).T.T[::2], made(40, 4)):
         h = both.shape[-1] // 2
         for up in (torch.randn(*both.shape[:-1], h, device=DEVICE), torch.ones((), device=DEVICE).expand(*both.shape[:-1], h)):  # fmt: skip
-            assert max(errors(kernels, both, up, activation)) < 1e-5
+            assert max(errors(kernels, both, up, activation)) < 2e-6
 
 
 @needs_triton
@@ -133,6 +133,39 @@ def test_equals_torch_and_transformers() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_a_projected_gate_is_not_kept(dtype: torch.dtype) -> None:
+    """Output and gradients are those of the two apart; what is kept is gate|up and the weight. Frozen weights go apart."""
+    both, weight, kept = made(2, 5, 12, dtype=dtype), made(7, 6, dtype=dtype, scale=0.5), list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        out = gate.projected(both, "silu", weight)
+    assert [t.data_ptr() for t in kept] == [both.data_ptr(), weight.data_ptr()]
+    apart = F.linear(gated(both, "silu"), weight)
+    assert torch.equal(out, apart)
+    up = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(y, (both, weight), up) for y in (out, apart))
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1])
+    frozen = gate.projected(both, "silu", weight.detach())
+    assert torch.equal(torch.autograd.grad(frozen, both, up)[0], wanted[0])
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_map_that_is_more_than_a_product_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with adapters, a bias, codes or a listener, or behind dropout, gets what the gate makes."""
+    layer: Any = dt.build(tiny("silu")).blocks[0].feedforward.to(DEVICE)
+    x, asked = made(3, 8), list[int]()
+    monkeypatch.setattr(gate, "projected", lambda *given: (asked.append(1), F.linear(gated(*given[:2]), given[2]))[1])
+    plain = layer(x)
+    assert asked == [1]
+    handle = layer.down.register_forward_hook(lambda *_: asked.append(2))
+    assert torch.equal(layer(x), plain) and asked == [1, 2]
+    handle.remove()
+    layer.drop = 0.5
+    assert not torch.equal(layer.train()(x), plain) and torch.equal(layer.eval()(x), plain) and asked == [1, 2, 1]
+
+
 def captured(run: Callable[..., Tensor], given: list[Tensor]) -> tuple[list[Tensor], list[fx.GraphModule]]:
     """Output and gradients of run(*given) compiled whole, by Inductor's partition, and its graphs."""
     from functorch.compile import make_boxed_func
@@ -154,6 +187,33 @@ def captured(run: Callable[..., Tensor], given: list[Tensor]) -> tuple[list[Tens
 
 def names(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_compiled_a_projected_gate_is_made_again(again: bool) -> None:
+    """Whole graphs; one operation in the backward, which hands the gate's output to the product with it."""
+    T, C, H = 64, 8, 16
+
+    def block(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return x + gate.projected(F.linear(x.sin(), w), "silu", v)
+
+    def run(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return checkpoint(block, x, w, v, use_reentrant=False) if again else block(x, w, v)  # type: ignore[return-value]
+
+    given = [made(T, C), made(2 * H, C, scale=0.3), made(C, H, scale=0.3)]
+    found, (forward, backward) = captured(run, given)
+    handed = [
+        tuple(n.meta["val"].shape) for n in forward.graph.find_nodes(op="output")[0].args[0] if hasattr(n, "meta")
+    ]
+    assert (T, H) not in handed and ((T, 2 * H) in handed) is not again
+    backwards = names(backward)
+    assert backwards.count("dovetail.gate_backward_again.default") == 1 and not any(
+        "silu" in name for name in backwards
+    )
+    eager = run(*given)
+    for a, b in zip(found, [eager, *torch.autograd.grad(eager.square().mean(), given)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("forced")

@@ -69,6 +69,12 @@ class Linear(Adaptable, nn.Linear):
         y = self.around(self.plain, x) if self.adapted else self.plain(x)
         return y if self.multiplier == 1.0 else y * self.multiplier
 
+    @property
+    def product(self) -> Tensor | None:
+        """W where a call is nothing but W x, and nobody listens to it; None otherwise."""
+        more = self.adapted or self.stored is not None or self.bias is not None or self.multiplier != 1.0
+        return None if more or self._forward_hooks or self._forward_pre_hooks else self.weight
+
     def plain(self, x: Tensor) -> Tensor:
         """W x + b without adapters and multiplier."""
         return linear(x, self.weight, self.bias) if self.stored is None else self.stored.linear(x, self.bias)

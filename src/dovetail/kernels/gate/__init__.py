@@ -16,8 +16,10 @@ from torch import Tensor
 from dovetail.errors import DataError
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
+from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.gate import reference
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.linear import linear
 
 ACTIVATIONS = tuple(reference.FORMULAS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,12 +40,24 @@ def gated(both: Tensor, activation: str) -> Tensor:
             where="gated",
             remedy=f"give gate and up side by side, of one width, and one of {', '.join(ACTIVATIONS)}",
         )
-    device = _cpu_is if both.device.type == "cpu" else both.device.type
-    if plan(activation, device, both.dtype).path == "plain":
+    if _path(both, activation) == "plain":
         return reference.gated(both, activation)
     from dovetail.kernels.gate import operator
 
     return operator.gated(both, activation)
+
+
+def projected(both: Tensor, activation: str, weight: Tensor) -> Tensor:
+    """gated(both) Wᵀ (..., O) with W (O,h), as autocast would have it. On CUDA the output of the gate is not kept for the
+    backward, which writes it once more beside the gradient of both: h numbers a token less.
+
+    Raises DataError as `gated` does.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad and _path(both, activation) == "triton":
+        from dovetail.kernels.gate import operator
+
+        return operator.projected(both, activation, weight.to(both.dtype) if autocasts(both) else weight)
+    return linear(gated(both, activation), weight)
 
 
 def plan(activation: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
@@ -59,6 +73,10 @@ def plan(activation: str | None, device: str = "cpu", dtype: torch.dtype = torch
     return Plan("triton", "on CUDA: one pass forward (compiled: fused with its neighbours), one of its own back")
 
 
+def _path(both: Tensor, activation: str) -> str:
+    return plan(activation, _cpu_is if both.device.type == "cpu" else both.device.type, both.dtype).path
+
+
 @contextmanager
 def as_on(device: str) -> Iterator[None]:
     """Inside, tensors on a CPU go the way of `device`: fake ones, of a step whose memory is only counted."""
@@ -70,4 +88,4 @@ def as_on(device: str) -> Iterator[None]:
         _cpu_is = before
 
 
-__all__ = ["ACTIVATIONS", "as_on", "gated", "plan", "reference"]
+__all__ = ["ACTIVATIONS", "as_on", "gated", "plan", "projected", "reference"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dovetail.kernels.gate import reference
 from dovetail.kernels.operation import operation
@@ -20,6 +21,31 @@ def gated(both: Tensor, activation: str) -> Tensor:
     if torch.compiler.is_compiling():
         return _Backwards.apply(both, reference.gated(both.detach(), activation), activation)  # type: ignore[no-any-return]
     return _forward(both, activation)
+
+
+def projected(both: Tensor, activation: str, weight: Tensor) -> Tensor:
+    """gated(both) Wᵀ (..., O), W (O,h) of the same type, which keeps what `gated` does: the output of the gate, which the
+    weight's gradient is made of, comes out of the gate's backward once more."""
+    known = both.detach()
+    out = reference.gated(known, activation) if torch.compiler.is_compiling() else _forward(known, activation)
+    y = F.linear(out, weight.detach())
+    return _Projects.apply(both, weight, y, activation)  # type: ignore[no-any-return]
+
+
+class _Projects(torch.autograd.Function):
+    """`y`, whose gradient goes to `both` and `weight`; made outside, as below."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, weight: Tensor, y: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(both, weight)
+        ctx.activation = activation
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        both, weight = ctx.saved_tensors
+        d_both, out = _backward_again(d_y @ weight, both, ctx.activation)
+        return d_both, d_y.flatten(0, -2).t() @ out.flatten(0, -2), None, None
 
 
 class _Backwards(torch.autograd.Function):
@@ -52,6 +78,13 @@ def _backward(d_out: Tensor, both: Tensor, activation: str) -> Tensor:
     return triton.backward(d_out, both, activation)
 
 
+@operation("gate_backward_again")
+def _backward_again(d_out: Tensor, both: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    from dovetail.kernels.gate import triton
+
+    return triton.backward_again(d_out, both, activation)
+
+
 @_forward.register_fake
 def _(both: Tensor, activation: str) -> Tensor:
     return both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
@@ -60,6 +93,11 @@ def _(both: Tensor, activation: str) -> Tensor:
 @_backward.register_fake
 def _(d_out: Tensor, both: Tensor, activation: str) -> Tensor:
     return both.new_empty(both.shape)
+
+
+@_backward_again.register_fake
+def _(d_out: Tensor, both: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return both.new_empty(both.shape), both.new_empty((*both.shape[:-1], both.shape[-1] // 2))
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:

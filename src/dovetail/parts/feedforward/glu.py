@@ -45,7 +45,10 @@ class GluModule(Drops):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,T,C) -> (B,T,C')."""
-        return self.down(self.dropout(self.gated(self.gate_up(x))))
+        both, formula, weight = self.gate_up(x), self.formula, self.down.product
+        if formula is not None and weight is not None and not (self.drop and self.training):
+            return gate.projected(both, formula, weight)
+        return self.down(self.dropout(self.gated(both)))
 
     def gated(self, both: Tensor) -> Tensor:
         """act(gate) · up (...,h) of both (...,2h)."""
