@@ -84,10 +84,11 @@ class PerformerModule(KernelisedModule):
             log_features(t.transpose(1, 2).to(wide) * t.shape[-1] ** -0.25, projection, self.hyperbolic) for t in (q, k)
         )
         # What a query's features are multiplied with falls out of the ratio.
-        q = (q - q.detach().amax(-1, keepdim=True)).exp()
+        narrow = v.dtype if v.dtype == torch.bfloat16 else wide  # as probabilities are; fp16 would lose small features
+        q = (q - q.detach().amax(-1, keepdim=True)).exp().to(narrow)
         # So does a factor on all keys: theirs is the largest so far, in which the past is expressed anew when it grows.
         top, decay = self._top(k.detach().amax(-1), ctx, None if state is None else state["top"])
-        k = (k - top[..., None]).clamp_max(0).exp()  # above it is padding alone
+        k = (k - top[..., None]).clamp_max(0).exp().to(narrow)  # above it is padding alone
         start = None if state is None else state["matrix"]
         least = 1e-20  # φ(q)·φ(k) of far vectors is that small, not empty
         out, end = normalised(q, k, v, causal=self.causal, segments=ctx.segments, decay=decay, start=start, least=least)
