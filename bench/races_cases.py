@@ -248,6 +248,22 @@ def softmax(dtype: torch.dtype, vocab: int) -> Run:
     return run
 
 
+def adamw(dtype: torch.dtype, stored: bool) -> Run:
+    """Some tiles and a part of one. stored: the rate lies in memory, and gradients are divided by what does."""
+    from dovetail.kernels.adamw import Row, triton
+
+    torch.manual_seed(0)
+    weight, gradient, m, v = (torch.rand(5 * 1024 // SHORT + 48, device=DEVICE).to(dtype) for _ in range(4))
+    one = torch.ones((), device=DEVICE)
+
+    def run() -> list[Tensor]:
+        row = Row(weight.clone(), gradient, m.clone(), v.clone(), 3 * one)
+        triton.step_(row, one * 0.1 if stored else 0.1, (0.9, 0.95), 1e-8, 0.1, 2 * one if stored else None)
+        return list(row)
+
+    return run
+
+
 def codes(dtype: torch.dtype) -> Run:
     from dovetail.kernels.quantise import NF4, triton, triton_linear
 
@@ -304,5 +320,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "softmax": lambda: softmax(NARROW, 40_000),
     "softmax ragged": lambda: softmax(NARROW, 33_333),
     "softmax fp32": lambda: softmax(FP32, 20_000),
+    "adamw": lambda: adamw(NARROW, True),
+    "adamw fp32": lambda: adamw(FP32, False),
     "codes": lambda: codes(NARROW),
 }

@@ -32,6 +32,7 @@ from dovetail.adapters import (
 from dovetail.adapters.adalora import Adalora, Triplets, triplets
 from dovetail.adapters.combine import combine
 from dovetail.adapters.dora import Dora
+from dovetail.adapters.many import reads_gradients
 from dovetail.adapters.starts import Loftq, Orthogonal, Pissa
 from dovetail.errors import BuildError, ConfigError, SpecError
 from dovetail.parts.storage.int8 import Int8
@@ -567,7 +568,9 @@ def test_adalora_formula() -> None:
 def test_adalora_budget_is_cubic_and_the_choice_stays() -> None:
     model = decoder()
     spec = Adalora(rank=6, target_rank=2, warmup=3, final=4, interval=3, targets=("down", "out"))
+    assert not reads_gradients(adapt(decoder(), "lora"))
     adapt(model, spec)
+    assert reads_gradients(model)
     modules = triplets(model, "default")
     for step in range(1, 21):
         exact = 24 if step <= 3 else 8 if step > 16 else int(16 * (1 - (step - 3) / 13) ** 3 + 8)
@@ -593,7 +596,7 @@ def test_adalora_budget_is_cubic_and_the_choice_stays() -> None:
     diagonals = [m.e.detach().clone() for m in modules]
     for p in trainable(model).values():
         p.requires_grad_(False)
-    assert spec.penalty(model, "default") is None
+    assert spec.penalty(model, "default") is None and not reads_gradients(model)
     spec.after_backward(model, "default", 1, 5)
     assert all(torch.equal(m.e, e) for m, e in zip(modules, diagonals, strict=True))
 

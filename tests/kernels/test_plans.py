@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dovetail.kernels import (
+    adamw,
     attention,
     contrastive,
     cross_entropy,
@@ -25,6 +26,7 @@ from dovetail.kernels import (
 
 BF16 = torch.bfloat16
 PLANS: dict[str, Callable[[], object]] = {
+    "AdamW": lambda: adamw.plan("cuda", BF16),
     "attention": lambda: attention.plan(device="cuda", dtype=BF16, queries=512, width=64, mask=None, score=None),
     "contrastive": lambda: contrastive.plan("cuda", BF16),
     "cross-entropy": lambda: cross_entropy.plan("cuda", BF16),

@@ -214,6 +214,12 @@ def after_backward(model: Any, step: int, steps: int) -> None:
         held[name].after_backward(model, name, step, steps)
 
 
+def reads_gradients(model: Any) -> bool:
+    """Whether one of the adapters that train may look at gradients once the optimiser has stepped."""
+    held = adapters(model)
+    return any(type(held[name]).after_backward is not AdapterSpec.after_backward for name in training(model))
+
+
 def learned(model: Any) -> dict[str, Tensor]:
     """All that training changes, by name: trainable parameters, and what adapters keep beside theirs."""
     state = model.state_dict(keep_vars=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dovetail import hub
 from dovetail.adapters import adapters, save_adapter, trainable
 from dovetail.adapters.files import check_room
-from dovetail.adapters.many import after_backward, before_step, penalty
+from dovetail.adapters.many import after_backward, before_step, penalty, reads_gradients
 from dovetail.data import Batches, Sampler
 from dovetail.data.rows import Rows, collate, real_tokens
 from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError, StoppedError
@@ -120,6 +120,7 @@ class Run:
             self.model, lr=self.lr, betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, rates=t.rates
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.read_after = reads_gradients(self.model)
         self.average = Average(trainable(self.model).items(), t.ema) if t.ema else None
         self.compiled = compiled(self.model, every(self.model) > 0) if t.compile else self.model
         self.stepped: list[Any] = [
@@ -272,7 +273,7 @@ class Run:
         extra = penalty(self.model)
         if extra is not None:
             extra.backward()
-        norm = update(self.optimizer, self.parameters, self.options.clip)
+        norm = update(self.optimizer, self.parameters, self.options.clip, self.read_after)
         after_backward(self.model, self.step + 1, self.options.steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError, SpecError
+from dovetail.kernels import adamw as kernel
 from dovetail.kernels import twins
 from dovetail.parts.adaptable import Adapter
 from dovetail.parts.weights import Linear, Lookup
@@ -59,7 +60,37 @@ def adamw(
         )  # fmt: skip
     listed = [{"params": p, "lr": peak, "peak": peak, "weight_decay": wd} for (peak, wd), p in groups.items()]
     how: dict[str, Any] = {"fused": False, "foreach": False} if twins.asked() else {"fused": True}
-    return torch.optim.AdamW(listed, lr=lr, betas=betas, eps=eps, **how)
+    return AdamW(listed, lr=lr, betas=betas, eps=eps, **how)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, whose groups and state it has. Fused, on CUDA, large parameters are stepped by `dovetail.kernels.adamw`.
+
+    grad_scale, while it is set: () what gradients are divided by as they are read. What is in them after a step is not
+    said: torch's own leaves them divided, the kernel as they were.
+    """
+
+    def _init_group(  # type: ignore[override]
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> bool:
+        """Where `step` asks what it is to step in a group: the kernel steps what it serves, the rest is left in the lists."""
+        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs, state_steps)
+        complex_ones = super()._init_group(group, *lists[:4], max_exp_avg_sqs, state_steps)
+        other = group["amsgrad"] or group["maximize"] or any(isinstance(beta, Tensor) for beta in group["betas"])
+        if group["fused"] and not other and getattr(self, "found_inf", None) is None:
+            rows = [kernel.Row(*row) for row in zip(*lists, strict=True)]
+            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            left = kernel.step_(rows, divisor=getattr(self, "grad_scale", None), **how)
+            for i, column in enumerate(lists):
+                column[:] = [row[i] for row in left]
+        return complex_ones
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -94,13 +125,15 @@ def joint_norm(grads: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, wide)))  # type: ignore[arg-type]
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """`clip`, then a step of the optimiser: (), the norm before. Gradients are left clipped.
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float, read_after: bool = False
+) -> Tensor:
+    """`clip`, then a step of the optimiser: (), the norm before.
 
-    A fused optimiser divides them while it reads them, by what a loss's scale is meant for: one pass over all of them
-    less.
+    A fused optimiser divides gradients while it reads them, by what a loss's scale is meant for: one pass over all of
+    them less. What is left in them is then not said. read_after: they are read after the step, and left clipped.
     """
-    if not limit or not all(group.get("fused") for group in optimizer.param_groups):
+    if read_after or not limit or not all(group.get("fused") for group in optimizer.param_groups):
         norm = clip(parameters, limit)
         optimizer.step()
         return norm
