@@ -60,18 +60,18 @@ CHECKS: list[Check] = [
     (BF16, 1024, 4, 4, 64, 64, Full(), "rows 16"), (BF16, 1000, 4, 2, 64, 64, Causal(), "rows 512"),
     (BF16, 1000, 4, 2, 128, 128, Full(), "rows 100"), (BF16, 1500, 4, 4, 128, 128, SINKS, "rows 16"),
     (torch.float16, 1000, 4, 4, 64, 64, Causal(), "rows 16"), (FP32, 500, 4, 2, 64, 64, Full(), "rows 40"),
-    (BF16, 1000, 4, 2, 64, 64, Full(), "deberta 100"), (FP32, 500, 4, 2, 64, 64, Full(), "deberta 40"),
+    (BF16, 1000, 4, 2, 64, 64, Full(), "deberta 100"), (FP32, 500, 4, 2, 64, 64, Full(), "deberta 40"), (BF16, 1000, 4, 2, 64, 64, Causal(), "xl 999"),
 ]  # fmt: skip
 PLACED: list[Check] = [  # padded, and in documents
     (BF16, 1500, 4, 2, 64, 64, Causal(), ""), (BF16, 1500, 4, 4, 128, 128, Causal() & Window(size=300), ""),
     (BF16, 1500, 4, 4, 64, 64, Full(), "t5"), (BF16, 1500, 4, 4, 64, 64, Causal(), "kerple"),
     (FP32, 500, 4, 4, 64, 64, Causal(), "t5"), (BF16, 1500, 4, 2, 64, 64, Full(), "rows 16"),
-    (BF16, 1500, 4, 4, 128, 128, Causal(), "rows 300"), (BF16, 1500, 4, 2, 64, 64, Full(), "deberta 64"),
+    (BF16, 1500, 4, 4, 128, 128, Causal(), "rows 300"), (BF16, 1500, 4, 2, 64, 64, Full(), "deberta 64"), (BF16, 1500, 4, 2, 64, 64, Causal(), "xl 1499"),
 ]  # fmt: skip
 
 
 class Case(NamedTuple):
-    """One shape that is timed. score: "", "t5", "alibi", "rows N", "deberta N"; window: 0 for none; causal or full; documents: packed in a row."""
+    """One shape that is timed. score: "", "t5", "alibi", "rows N", "deberta N", "xl N"; window: 0 for none; causal or full; documents: packed in a row."""
 
     B: int
     H: int
@@ -115,7 +115,7 @@ CASES = [
     Case(4, 16, 4096, 64, False, "t5", target=250), Case(4, 16, 4096, 64, False, "alibi", target=250),
     Case(4, 16, 4096, 64, True, "t5"), Case(4, 16, 4096, 64, True, "alibi"), Case(4, 16, 4096, 128, True, "t5"),
     Case(4, 16, 4096, 64, False, "rows 16", target=150), Case(4, 16, 4096, 64, False, "rows 512", target=150),
-    Case(4, 16, 4096, 64, True, "rows 16"), Case(4, 16, 4096, 64, False, "deberta 512", target=150), Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
+    Case(4, 16, 4096, 64, True, "rows 16"), Case(4, 16, 4096, 64, False, "deberta 512", target=150), Case(4, 16, 4096, 64, True, "xl 4095", target=150), Case(1, 16, 16384, 128, target=380), Case(4, 16, 4096, 128), Case(4, 32, 4096, 64),
     Case(1, 16, 16384, 128, window=1024), Case(1, 16, 16384, 128, documents=8),
 ]  # fmt: skip
 
@@ -129,11 +129,17 @@ def inputs(B: int, T: int, heads: tuple[int, int, int], widths: tuple[int, int],
 
 def learned(score: str, H: int, B: int = 1, T: int = 1, dtype: torch.dtype = BF16) -> list[Tensor]:
     """What a score learns: 32 buckets a head, two numbers a head, nothing. "rows N": what was made of the queries for each
-    distance up to N either way, as Shaw's keys have it; "deberta N": and of the keys."""
+    distance up to N either way, as Shaw's keys have it; "deberta N": and of the keys; "xl N": behind alone."""
     if " " in score:
-        shape = 1 + score.startswith("deberta"), B, H, T, 2 * int(score.split()[1]) + 1
+        shape = 1 + score.startswith("deberta"), B, H, T, 1 + sum(ends(score))
         return [t.requires_grad_() for t in torch.randn(shape, device="cuda").to(dtype)]
     return [torch.randn(H, n, device="cuda").requires_grad_() for n in {"t5": [32], "kerple": [2]}.get(score, [])]
+
+
+def ends(score: str) -> tuple[int, int]:
+    """How far behind and ahead a term by query and distance goes. Transformer-XL's: a causal row's length."""
+    reach = int(score.split()[1])
+    return reach, 0 if score.startswith("xl") else reach
 
 
 def scored(score: str, known: list[Tensor], H: int) -> Score | None:
@@ -143,10 +149,8 @@ def scored(score: str, known: list[Tensor], H: int) -> Score | None:
         numbers = known[0].exp()[:, :, None, None]
         return Score((Distance(lambda d: -numbers[:, 0] * torch.log1p(numbers[:, 1] * d.abs().to(known[0].dtype))),))
     if " " in score:
-        return Score(tuple(RelativeLogits(t, t.shape[3] // 2, 0, False, n > 0) for n, t in enumerate(known)))
-    if score == "alibi":
-        return Score((Distance(lambda d: -slopes(H)[:, None, None] * d.abs()),))
-    return None
+        return Score(tuple(RelativeLogits(t, ends(score)[0], 0, False, n > 0) for n, t in enumerate(known)))
+    return Score((Distance(lambda d: -slopes(H)[:, None, None] * d.abs()),)) if score == "alibi" else None
 
 
 def bucket(distance: Tensor) -> Tensor:
@@ -243,9 +247,8 @@ def checked_regions(job: tuple[torch.dtype, str, bool]) -> str:
         out = regions.attend_regions(parts, q, D**-0.5)
         found.append((out, *torch.autograd.grad(out, given, up.to(out.dtype))))
     errors = [_error(a, b) for a, b in zip(*found, strict=True)]
-    line = (
-        f"regions {str(dtype)[6:]} {sort}{' behind a prefix' if ahead else ''}: {' '.join(f'{e:.1e}' for e in errors)}"
-    )
+    prefix, told = " behind a prefix" if ahead else "", " ".join(f"{e:.1e}" for e in errors)
+    line = f"regions {str(dtype)[6:]} {sort}{prefix}: {told}"
     assert max(errors) < TOLERANCE[dtype], line
     return line
 
@@ -277,12 +280,13 @@ def ways(case: Case) -> dict[str, Way]:
         dense = dense.expand(B, -1, -1, -1)
         found["SDPA attn_mask"] = (lambda: F.scaled_dot_product_attention(q, k, v, dense), qkv)
         rows, each, values = " " in case.score, slopes(H), [t.detach() for t in known]
-        line, reach = (values[0], values[0].shape[3] // 2) if rows else (score.along(T, 1.0, q.device), REACH)
+        line = values[0] if rows else score.along(T, 1.0, q.device)
+        reach, onward = ends(case.score) if rows else (REACH, REACH)
 
         def added(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             if case.score == "alibi":
                 return s - each[h] * (i - j).abs()
-            entry = (j - i).clamp(-reach, reach) + reach
+            entry = (j - i).clamp(-reach, onward) + reach
             more = s + (line[b, h, i, entry] if rows else line[h, entry])
             return more + values[1][b, h, j, entry] if len(values) == 2 else more
 
@@ -377,9 +381,7 @@ def memory() -> Iterator[dict[str, Any]]:
     for T in (1024, 4096, 16384, 131072):
         H, D = 4, 64
         peaks = {}
-        for name in ("ours", "plain"):
-            if name == "plain" and T > 16384:
-                continue
+        for name in ("ours", "plain") if T <= 16384 else ("ours",):
             qkv, known, mask = inputs(1, T, (H, H, H), (D, D), BF16), learned("t5", H), bound(Causal(), 1, T)
             attend = triton.attend if name == "ours" else lambda *a: reference.attend(*a)[0]
             torch.cuda.synchronize()
@@ -390,10 +392,8 @@ def memory() -> Iterator[dict[str, Any]]:
             peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
             del out, mask
         case, ours = f"causal t5 B1 H{H} T{T} D{D} fwd+bwd", peaks["ours"]
-        if "plain" in peaks:
-            yield row(case, "peak MB", ours, peaks["plain"], "plain form, measured", smaller=True)
-        else:
-            yield row(case, "peak MB", ours, H * T * T * 4 / 1e6, "one fp32 matrix of scores, computed", smaller=True)
+        peer = "plain form, measured" if "plain" in peaks else "one fp32 matrix of scores, computed"
+        yield row(case, "peak MB", ours, peaks.get("plain", H * T * T * 4 / 1e6), peer, smaller=True)
 
 
 if __name__ == "__main__":

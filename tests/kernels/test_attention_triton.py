@@ -6,8 +6,6 @@ bench/attention_triton.py checks bf16.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -36,8 +34,7 @@ from dovetail.parts.init import Normal
 from dovetail.parts.mask import Band, Beyond, Causal, Dilated, Document, Full, Globals, Mask, Prefix, Window
 from dovetail.parts.position.base import PositionModule
 from dovetail.parts.position.biases import Alibi, Kerple, Sandwich
-from dovetail.parts.position.relative import Deberta, T5Buckets
-from dovetail.parts.position.shaw import Shaw
+from dovetail.parts.position.relative import T5Buckets
 from dovetail.spec import Slot, Spec
 
 pytest.importorskip("triton")
@@ -272,31 +269,6 @@ def test_the_operation_with_rows_keeps_its_promises() -> None:
         outs = run(*inputs)
         both.append([*outs, *torch.autograd.grad(sum(t.square().sum() for t in outs), inputs)])  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
-
-
-KEYS = Shaw(clip=4, terms=("key",))
-
-
-@pytest.mark.parametrize(("part", "causal"), [(KEYS, True), (KEYS, False), (Deberta(buckets=4, max_distance=8), False)])
-def test_content_and_distance_are_served(part: Spec, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the module: its terms go to the kernels, with gradients to its vectors, the queries and the keys."""
-    T, slot = 40, Slot(dim=16, heads=H, head_dim=8, causal=causal, init=Normal())
-    module = part.build(slot).to(DEVICE)
-    assert isinstance(module, PositionModule)
-    for p in module.parameters():
-        torch.nn.init.normal_(p)
-    inputs, ctx = given(T, H, 8, 16, torch.float32), Context.of(1, T, torch.device(DEVICE))
-    mask, found = ctx.bind(Causal() if causal else Full()), []
-    for path in ("triton", "sdpa"):
-        monkeypatch.setattr("dovetail.kernels.attention.plan", lambda path=path, **_: Plan(path, "asked for"))
-        q, k = (t.transpose(1, 2) for t in inputs[:2])
-        score = module.score(q, k, ctx.coords, ctx, lambda rows, _: rows.unflatten(-1, (H, 8)))
-        assert triton.kind(mask, score, 16, FP32) == "rows"
-        assert triton.kind(mask, replace(score, value_terms=torch.add), 16, FP32) is None
-        out = attend(*inputs, mask=mask, score=score, scale=SCALE)
-        found.append([out, *torch.autograd.grad(out.square().sum(), [*inputs, *module.parameters()])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 SPANS: list[tuple[Mask, Span | None]] = [

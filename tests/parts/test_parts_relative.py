@@ -137,15 +137,21 @@ def test_transformer_xl_reads_distance_alone() -> None:
     close(mixer(x, Context.of(2, T, CPU, positions=far)), here, 1e-8, "shifted by a million")
     narrow = mixer.float()(x.float(), Context.of(2, T, CPU, positions=far))
     close(narrow.double(), here, 2e-5, "in fp32")
-    module, ctx = mixer.double().position, Context.of(1, T, CPU)
-    q, k = torch.randn(1, T, 4, 6, dtype=WIDE), torch.randn(1, T, 2, 6, dtype=WIDE)
-    found = module.score(q, k, ctx.coords, ctx, None).bias(ctx.coords, 1.0)[0]
-    away = (torch.arange(T)[:, None] - torch.arange(T)).double()[..., None]
+    ctx, away = Context.of(1, T, CPU), (torch.arange(T)[:, None] - torch.arange(T)).double()[..., None]
     angle = away * 10_000.0 ** (-torch.arange(0, C, 2).double() / C)
-    r = module.r(torch.cat([angle.sin(), angle.cos()], -1)).unflatten(-1, (4, 6))  # (T,S,H,D)
-    theirs = torch.einsum("ihd,ijhd->hij", q[0] + module.v, r)
-    theirs = theirs + torch.einsum("hd,jhd->hj", module.u, k[0].repeat_interleave(2, 1))[:, None]
-    close(found, theirs, 1e-10, "terms")
+    q, k = torch.randn(1, T, 4, 6, dtype=WIDE), torch.randn(1, T, 2, 6, dtype=WIDE)
+    for module in (mixer.double().position, attention("transformer_xl", causal=False, kv_heads=2, head_dim=6).position):
+        score = module.score(q, k, ctx.coords, ctx, None)
+        assert score.relative is not None
+        found = score.bias(ctx.coords, 1.0)[0]
+        r = module.r(torch.cat([angle.sin(), angle.cos()], -1)).unflatten(-1, (4, 6))  # (T,S,H,D)
+        theirs = torch.einsum("ihd,ijhd->hij", q[0] + module.v, r)
+        seen = torch.ones(T, T).tril() if module is mixer.position else torch.ones(T, T)
+        close(found * seen, theirs * seen, 1e-10, "terms")
+        close(module._distance(q, ctx.coords).dense(ctx.coords)[0], theirs, 1e-10, "terms of any positions")
+        queries, keys = module.rotate(q, k, ctx.coords, ctx)
+        assert keys is k
+        close(queries, q + module.u, 1e-12, "queries")
 
 
 def xlnet(kinds: Tensor | None) -> tuple[Any, Any, Any]:

@@ -169,4 +169,4 @@ def test_a_base_has_no_out_and_no_seed(tmp_path: Path, checkpoint: Path) -> None
             Study.load(data | {"base": data["base"] | change})
     for recipe in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
         if is_study(recipe):
-            assert studies.Study.load(recipe).seeds == (0, 1, 2)
+            assert studies.Study.load(recipe).seeds[:3] == (0, 1, 2)

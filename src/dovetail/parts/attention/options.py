@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Content, Plan, Score, Toeplitz
+from dovetail.kernels.attention import Content, Plan, RelativeLogits, Score, Toeplitz
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Mask
 from dovetail.parts.position.base import PositionModule, adds_values
@@ -45,6 +46,8 @@ def score_like(position: PositionModule, cap: float | None = None) -> Score | No
     terms: tuple[Any, ...] = (Content(lambda start, stop: torch.empty(0, device="meta"), 0),)
     if position.tabled:
         terms = (Toeplitz(torch.empty(0, device="meta"), lambda distance: distance),)
+    elif position.relative:
+        terms = (RelativeLogits(torch.empty(1, 1, 1, 2, device="meta"), 0),)
     return Score(terms, cap=cap, value_terms=_added if adds_values(position) else None)
 
 
@@ -59,8 +62,11 @@ def plans_of(
     plain = Context.of(1, length, meta)
     packed = Context.of(1, length, meta, segments=torch.zeros(1, length, dtype=torch.long, device=meta))
     uses = {"training, prefill": chosen(plain, rule, length), "padded or packed": chosen(packed, rule, length)}
+    if newest is None:
+        return uses
+    stored = replace(plain, in_step=False, memo={})  # where the tokens of a state stand nobody promises
     with torch.no_grad():
-        return uses if newest is None else uses | {"decoding": chosen(plain, newest, 1)}
+        return uses | {"decoding": chosen(stored, newest, 1)}
 
 
 def _added(p: Tensor, start: int, stop: int) -> Tensor:

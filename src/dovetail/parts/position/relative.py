@@ -104,6 +104,7 @@ class DebertaModule(PositionModule):
     def __init__(self, spec: Deberta, slot: Slot):
         super().__init__()
         self.terms, self.buckets, self.max_distance = spec.terms, spec.buckets, spec.max_distance
+        self.relative = "c2p" in spec.terms  # type: ignore[misc]
         self.span = spec.buckets or spec.max_distance
         self.table = Lookup(2 * self.span, slot.dim, slot=slot, role="position")
         self.norm = None if spec.norm is None else slot.build(spec.norm, "norm")

@@ -51,6 +51,7 @@ class ShawModule(PositionModule):
         self.clip, self.ahead = spec.clip, 0 if slot.causal else spec.clip
         rows = self.clip + self.ahead + 1
         self.keys = Lookup(rows, width, slot=slot, role="position") if "key" in spec.terms else None
+        self.relative = "key" in spec.terms  # type: ignore[misc]
         self.adds_values = "value" in spec.terms  # type: ignore[misc]
         wide = slot.value_dim or width
         self.values = Lookup(rows, wide, slot=slot, role="position") if self.adds_values else None

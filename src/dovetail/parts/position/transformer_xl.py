@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Content, Coords, Score
+from dovetail.kernels.attention import Content, Coords, RelativeLogits, Score, Side
 from dovetail.parts.context import Context
 from dovetail.parts.position.base import PositionModule, head_width, refuse_cross
 from dovetail.parts.position.waves import waves
@@ -27,7 +27,9 @@ from dovetail.spec import Slot, Spec, register
 class TransformerXL(Spec):
     """(q + u)·k + (q + v)·W_r R(i - j), both inside the scale; R is sinusoidal: all sines, then all cosines.
 
-    W_r (H·D, C) without bias, u and v (H, D) are learned, in every layer. The memory is what the state holds.
+    W_r (H·D, C) without bias, u and v (H, D) are learned, in every layer. The memory is what the state holds. Of T tokens
+    the second half is a product of queries and distances: (B,H,T,T) numbers in the model's type, as a dense bias has
+    (2T in a row where tokens ahead are seen), which own kernels read where they lie, without a shift.
     """
 
     def build(self, slot: Slot) -> nn.Module:
@@ -35,7 +37,8 @@ class TransformerXL(Spec):
 
 
 class TransformerXLModule(PositionModule):
-    hooks: ClassVar[frozenset[str]] = frozenset({"score"})
+    hooks: ClassVar[frozenset[str]] = frozenset({"rotate", "score"})
+    relative: ClassVar[bool] = True
 
     def __init__(self, spec: Spec, slot: Slot):
         super().__init__()
@@ -55,14 +58,33 @@ class TransformerXLModule(PositionModule):
         for name, p in self.named_parameters(recurse=False):
             self.slot.init.draw(p, "position", p.shape[-2], p.shape[-1], self.slot, rng(name))
 
-    def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
-        return Score((self._content(q, k), self._distance(q, at)))
+    def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
+        """q + u: the content's half needs no term of the score."""
+        return q + self.u.to(q.dtype), k
 
-    def _content(self, q: Tensor, k: Tensor) -> Content:
-        """u·k: the same for all queries."""
-        u = self.u.unflatten(0, (k.shape[2], -1))
-        term = torch.einsum("ghd,bsgd->bghs", u, k).flatten(1, 2)[:, :, None]
-        return Content(lambda start, stop: term.expand(-1, -1, stop - start, -1), q.shape[1])
+    def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
+        same = at.in_step and (at.aligned or at.q is at.k)
+        return Score((self._logits(q, ctx) if same else self._distance(q, at),))
+
+    @property
+    def _weight(self) -> Tensor:
+        """W_r as it acts, (H·D,C)."""
+        return self.r.matrix() * self.r.multiplier
+
+    def _logits(self, q: Tensor, ctx: Context) -> RelativeLogits:
+        """(q + v)·W_r R(i - j) of the tokens' own distances, which are less than their number: nothing is clipped."""
+        T, H = q.shape[1:3]
+        # A column more than there are distances ahead: rows of an even length are what products are fast for.
+        back, ahead = max(T - 1, 1), 0 if self.slot.causal else T
+
+        def made() -> Tensor:
+            away = torch.arange(back, -ahead - 1, -1, device=q.device)[None]
+            cos, sin = waves(Side(away, positions=away[..., None]), self.r.in_features, q.dtype)
+            return torch.cat([sin, cos], -1)[0].T  # (C,back+ahead+1)
+
+        known = ctx.once(("distances", back, ahead, self.r.in_features, q.dtype), made)
+        vectors = (self._weight @ known).unflatten(0, (H, -1))  # (H,D,back+ahead+1)
+        return RelativeLogits((q + self.v).transpose(1, 2) @ vectors, back)
 
     def _distance(self, q: Tensor, at: Coords) -> Content:
         """(q + v)·W_r R(i - j), as a product of what the query makes of its position with the waves of the key's.
@@ -71,7 +93,7 @@ class TransformerXLModule(PositionModule):
         packed or remembered.
         """
         (_, T, H, D), C = q.shape, self.r.in_features
-        weight = (self.r.matrix() * self.r.multiplier).unflatten(0, (H, D))
+        weight = self._weight.unflatten(0, (H, D))
         cos_q, sin_q = (w[:, None] for w in waves(at.q, C, q.dtype))  # (B|1,1,T,C/2)
         keys = torch.cat(waves(at.k, C, q.dtype), -1)[:, None]  # (B|1,1,S,C)
 

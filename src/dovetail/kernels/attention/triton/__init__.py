@@ -1,8 +1,8 @@
 """Own attention kernels: flash attention from first principles, with a score that depends on the distance, and with spans.
 
 What scaled_dot_product_attention has no kernel for, or builds (T,S) numbers for: tables of distances (T5, ALiBi, KERPLE,
-Sandwich) in O(T) memory, with their gradients, terms of content and distance (Shaw, DeBERTa) in O(T · reach), and windows
-at the cost of the tiles that they show. Read `forward`, then `backward`, `diagonals` and `by_row`.
+Sandwich) in O(T) memory, with their gradients, terms of content and distance (Shaw, DeBERTa, Transformer-XL) in
+O(T · reach), and windows at the cost of the tiles that they show. Read `forward`, then `backward`, `diagonals` and `by_row`.
 """
 
 from __future__ import annotations
