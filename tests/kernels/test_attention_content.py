@@ -110,3 +110,21 @@ def test_plans_say_so(position: Any) -> None:
     spec = {"kind": "decoder", "vocab": 7, "dim": 16, "depth": 1, "blocks": {"mixer": mixer}}
     plans = dt.build(spec).blocks[0].mixer.plans("cuda", 64)
     assert [plan.path for plan in plans.values()] == ["triton", "triton", "sdpa"]
+
+
+def test_a_prefill_is_in_step_and_what_follows_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's word on prompts that begin a state; a prompt that goes on from one has other distances."""
+    blocks = {"mixer": {"kind": "attention", "heads": 2, "position": "t5_buckets"}}
+    model = dt.build({"kind": "decoder", "vocab": 7, "dim": 16, "depth": 1, "blocks": blocks}).eval()
+    seen: list[bool] = []
+
+    def asked(mask: Any, **_: Any) -> Plan:
+        seen.append(mask.at.in_step)
+        return Plan("sdpa", "asked for")
+
+    monkeypatch.setattr("dovetail.kernels.attention.plan", asked)
+    state, tokens = model.new_state(1, 16), torch.randint(0, 7, (1, 5))
+    for _ in range(2):
+        model(tokens, state=state)
+    model(tokens, state=model.new_state(1, 16), positions=3 * torch.arange(5)[None])
+    assert seen == [True, False, False]

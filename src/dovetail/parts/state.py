@@ -98,7 +98,9 @@ class Timeline:
             coords = Coords(q, k)
         else:
             stop = self.slots if visible is None else visible
-            coords = Coords(q, Side(self.order[:, :stop], None, self.positions[:, :stop]), ctx.aligned and start == 0)
+            aligned = ctx.aligned and start == 0
+            k = Side(self.order[:, :stop], None, self.positions[:, :stop])
+            coords = Coords(q, k, aligned, in_step=aligned and ctx.in_step)
         self.step = Step(coords, even and start is not None and T == 1, where, visible, over_ring)
         return self.step
 

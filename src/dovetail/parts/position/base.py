@@ -30,7 +30,9 @@ class PositionModule(nn.Module):
     axes: ClassVar[int] = 1  # position axes that it reads: 0 none, 1 text, 2 images, 3 M-RoPE
     adds_values: ClassVar[bool] = False  # whether its score has value terms
     tabled: ClassVar[bool] = False  # whether its score is a function of the distance along a text, and nothing else
-    relative: ClassVar[bool] = False  # whether, over tokens in step, it is a term by query and distance, or that and one by key
+    relative: ClassVar[bool] = (
+        False  # whether, over tokens in step, it is a term by query and distance, or that and one by key
+    )
     turns_all: ClassVar[bool] = False  # whether keys that it did not turn (a prefix's) mean nothing beside its own
 
     def embed(self, x: Tensor, ctx: Context, tokens: Tensor | None = None, state: Any = None) -> Tensor:
