@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dovetail.report.bench_rows import ROOT, ceilings, device_name, interleaved, often, replayed, row, write
+from dovetail.report.bench_rows import ROOT, ceilings, device_name, interleaved, often, peak_gb, replayed, row, write
 
-__all__ = ["ROOT", "ceilings", "device_name", "interleaved", "main", "often", "replayed", "row", "write"]
+__all__ = ["ROOT", "ceilings", "device_name", "interleaved", "main", "often", "peak_gb", "replayed", "row", "write"]
 
 
 def main(file: str) -> None:

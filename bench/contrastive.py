@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, often, row
+from common import ceilings, interleaved, often, peak_gb, row
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
@@ -114,19 +114,6 @@ def _errors(found: list[Tensor], given: list[Tensor], form: str, offset: int) ->
 
 def _text(errors: list[float]) -> str:
     return " ".join(f"{n} {e:.1e}" for n, e in zip(("loss", "da", "db", "dscale", "dbias"), errors, strict=False))
-
-
-def peak_gb(run: Callable[[], Any]) -> float:
-    """Above what was allocated before, the inputs, at its highest."""
-    if DEVICE == "cpu":
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def measure(n: int = N, d: int = D, rounds: int = 7) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import ceilings, interleaved, replayed, row
+from common import ceilings, interleaved, peak_gb, replayed, row
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import main_or_sweep
@@ -122,19 +122,6 @@ def _same(x: Tensor, labels: Tensor, smoothing: float, z: float, tolerance: floa
     sums = softmax_loss_(x, labels, smoothing, z, True)
     torch.testing.assert_close(sums[:2].double(), torch.stack([total.detach(), nats]), rtol=2e-5, atol=1e-3)
     torch.testing.assert_close(x.double(), grad, rtol=tolerance, atol=2e-6)
-
-
-def peak_gb(run: Callable[[], Any]) -> float:
-    """Above what was allocated before, the inputs, at its highest."""
-    if DEVICE == "cpu":
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def timed(cases: dict[str, Callable[[], Any]], rounds: int, times: int = 3) -> dict[str, tuple[float, float]]:

@@ -129,6 +129,19 @@ def replayed(cases: Mapping[str, Callable[[], Any]], times: int) -> dict[str, Ca
     return {name: graph.replay for name, graph in graphs.items()}
 
 
+def peak_gb(run: Callable[[], Any]) -> float:
+    """Gigabytes at their highest above what was allocated before, such as the inputs; 0 without CUDA."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
 def row(
     case: str,
     metric: str,
