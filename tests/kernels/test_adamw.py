@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dovetail.kernels import adamw, twins
+from dovetail.kernels import adamw, counted, twins
 from dovetail.kernels.adamw import Row, plan, reference, step_
 from dovetail.kernels.installed import TRITON
 from dovetail.training.optim import AdamW, set_rate, update
@@ -32,7 +32,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     sizes, launch = list[int](), triton.step_
     monkeypatch.setattr(triton, "step_", lambda row, *more: (sizes.append(row.weight.numel()), launch(row, *more)))
-    monkeypatch.setattr(adamw, "_cpu_is", "cuda")
+    monkeypatch.setattr(counted, "_for", "cuda")
     monkeypatch.setattr(adamw, "LEAST", 16)
     return sizes
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.kernels import twins
+from dovetail.kernels.counted import as_on
 from dovetail.kernels.cross_entropy import IGNORED, plain, plan, reference, scaled, softmax_loss_
 from dovetail.kernels.installed import TRITON
 from dovetail.objectives import next_token
@@ -187,7 +188,7 @@ def test_only_sums_are_held_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         head, labels = nn.Linear(width, vocab, bias=False, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.long)
         h = torch.zeros(n, width, dtype=torch.bfloat16, requires_grad=True)
         live = Live([head.weight, h, labels])
-        with live, next_token.as_on("cuda"):
+        with live, as_on("cuda"):
             cross_entropy(head, h, labels)
     logits, total, states = 2 * 256 * vocab, 4 * vocab * width, 2 * n * width
     assert logits + total + states <= live.peak < logits + total + 2 * states + 100_000

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dovetail as dt
 from dovetail.errors import DataError
-from dovetail.kernels import gate, twins
+from dovetail.kernels import counted, gate, twins
 from dovetail.kernels.gate import ACTIVATIONS, gated, plan, reference
 from dovetail.kernels.installed import TRITON
 from dovetail.training.fused import standing
@@ -39,7 +39,7 @@ def kernels(both: Tensor, activation: str) -> Tensor:
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan of a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(gate, "_cpu_is", "cuda")
+    monkeypatch.setattr(counted, "_for", "cuda")
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dovetail.errors import DataError
 from dovetail.kernels import twins
+from dovetail.kernels.counted import device_type
 from dovetail.kernels.cross_entropy import plain, plan, reference, scaled, softmax_loss_
 from dovetail.kernels.linear.accumulate import add_product
 from dovetail.objectives.base import IGNORED, Batch, Loss, Objective, Term, check_direction
@@ -24,7 +24,6 @@ from dovetail.spec import register
 _CHUNK = {"cpu": 2**21, "cuda": 2**27}
 _ROWS = 128  # a GPU's tile of a product: rows come in whole ones
 _FORGETFUL = {"MmBackward0", "AddmmBackward0", "AddBackward0", "MulBackward0", "ToCopyBackward0"}
-_counted: str | None = None  # the device whose memory a step on fake tensors is counted for
 
 
 @register(
@@ -91,7 +90,7 @@ def cross_entropy(
 
     fused: compile what passes over the logits there are in plain torch, as goes with a compiled model.
     """
-    path = plan(_device(h), h.dtype).path
+    path = plan(device_type(h), h.dtype).path
     if path == "reference":
         return reference.cross_entropy(head(h), labels, smoothing, z)
     differentiate, in_place = torch.is_grad_enabled(), path == "triton"
@@ -114,21 +113,6 @@ def rows_at_once(rows: int, vocab: int, device: str, in_place: bool) -> int:
     return max(64, most // _ROWS * _ROWS if most >= _ROWS else most)
 
 
-@contextmanager
-def as_on(device: str) -> Iterator[None]:
-    """Inside, logits are cut and gradients added up as on a `device`, of a step on fake tensors whose memory is counted."""
-    global _counted
-    before, _counted = _counted, device
-    try:
-        yield
-    finally:
-        _counted = before
-
-
-def _device(x: Tensor) -> str:
-    return _counted or x.device.type
-
-
 def through_head(
     head: Callable[[Tensor], Tensor],
     h: Tensor,
@@ -143,7 +127,7 @@ def through_head(
     Their gradient is pulled back through `head` (whatever that is: tied, adapted, biased) at once, and kept as (N,C) and
     in the shape of the head's parameters until the backward asks for it: nothing is computed twice.
     """
-    differentiate, device = torch.is_grad_enabled(), _device(h)
+    differentiate, device = torch.is_grad_enabled(), device_type(h)
     first = h[:1].detach().requires_grad_(differentiate)
     probe = head(first)
     leaves = [leaf for leaf in _leaves(probe) if leaf is not first]

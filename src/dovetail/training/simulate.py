@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dovetail.kernels import gate
-from dovetail.objectives.next_token import as_on, cross_entropy
+from dovetail.kernels.counted import as_on
+from dovetail.objectives.next_token import cross_entropy
 from dovetail.parts.containers import StackModule
 from dovetail.training.device import autocast
 from dovetail.training.fused import partitioned
@@ -95,7 +95,7 @@ def step_bytes(
             if isinstance(stack, StackModule):
                 stack.checkpointing = again
         tokens, labels = (torch.zeros(batch, length, dtype=torch.long) for _ in range(2))
-        with live, as_on(device), gate.as_on(device), partitioned(fake, live) if compiled else nullcontext():
+        with live, as_on(device), partitioned(fake, live) if compiled else nullcontext():
             with autocast(precision, torch.device("cpu")):
                 h = fake(tokens, logits=False).last_hidden_state
                 total = cross_entropy(fake.head, h.flatten(0, -2), labels.flatten(), fused=compiled)[0]

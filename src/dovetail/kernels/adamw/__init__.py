@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from dovetail.kernels import twins
 from dovetail.kernels.adamw import reference
 from dovetail.kernels.attention import Plan
+from dovetail.kernels.counted import device_type
 from dovetail.kernels.installed import TRITON
 
 LEAST = 2**16  # entries; what is smaller is cheaper together, as torch's fused step has it
 _UNIT = 16  # of which sizes are multiples, so that 16 bytes are read at once
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = (Tensor, nn.Parameter)  # and not what only looks like one: a share of one, or a fake one
-_cpu_is = "cpu"
 
 
 class Row(NamedTuple):
@@ -78,7 +78,7 @@ def _serves(row: Row) -> bool:
     weight, size, device = row.weight, row.weight.numel(), row.weight.device
     if size < LEAST or size % _UNIT or row.gradient.dtype != weight.dtype:
         return False
-    if plan(_cpu_is if device.type == "cpu" else device.type, weight.dtype).path != "triton":
+    if plan(device_type(weight), weight.dtype).path != "triton":
         return False
     return row.count.device == device and all(
         type(t) in _TYPES and t.device == device and t.dtype in _DTYPES and t.is_contiguous() for t in row[:4]

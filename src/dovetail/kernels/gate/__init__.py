@@ -7,9 +7,6 @@ exponential of each gate twice.) It keeps nothing but what it was given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -17,13 +14,13 @@ from dovetail.errors import DataError
 from dovetail.kernels import twins
 from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import autocasts
+from dovetail.kernels.counted import device_type
 from dovetail.kernels.gate import reference
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.linear import linear
 
 ACTIVATIONS = tuple(reference.FORMULAS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_cpu_is = "cpu"
 
 
 def gated(both: Tensor, activation: str) -> Tensor:
@@ -74,18 +71,7 @@ def plan(activation: str | None, device: str = "cpu", dtype: torch.dtype = torch
 
 
 def _path(both: Tensor, activation: str) -> str:
-    return plan(activation, _cpu_is if both.device.type == "cpu" else both.device.type, both.dtype).path
+    return plan(activation, device_type(both), both.dtype).path
 
 
-@contextmanager
-def as_on(device: str) -> Iterator[None]:
-    """Inside, tensors on a CPU go the way of `device`: fake ones, of a step whose memory is only counted."""
-    global _cpu_is
-    before, _cpu_is = _cpu_is, device
-    try:
-        yield
-    finally:
-        _cpu_is = before
-
-
-__all__ = ["ACTIVATIONS", "as_on", "gated", "plan", "projected", "reference"]
+__all__ = ["ACTIVATIONS", "gated", "plan", "projected", "reference"]
