@@ -11,14 +11,17 @@ from dovetail.kernels.attention import (
     Coords,
     Distance,
     Region,
+    RelativeLogits,
     Score,
     Side,
     Toeplitz,
     attend,
     plan,
     reference,
+    sdpa,
 )
 from dovetail.kernels.attention.regions import attend_regions
+from dovetail.parts.context import Context
 from dovetail.parts.mask import Causal, Full, Window
 
 T, H = 9, 4
@@ -71,3 +74,29 @@ def test_the_plan_is_that_of_a_table(device: str) -> None:
                 device=device, dtype=torch.bfloat16, queries=512, mask=BoundMask(Causal(), coords()), score=score
             )
             assert chosen.path == ("tiled" if score.cap else "sdpa")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("inside", [True, False])
+def test_rows_and_columns_widen_queries_and_keys(masked: bool, inside: bool) -> None:
+    """fp64, grouped heads, a grid of 3 x 4, tables that end before it does; in windows, some of whose tokens are hidden."""
+    height, width, back = 3, 4, 2
+    ctx = Context.on_grid(height, width, torch.device("cpu"), segments=torch.arange(12)[None] // 9 if masked else None)
+    q, k, v = (torch.randn(2, n, 12, 6, dtype=torch.float64, requires_grad=True) for n in (H, 2, 2))
+    values = [torch.randn(2, H, 12, 2 * back + 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    score = Score(tuple(
+        RelativeLogits(t, back, axis, inside, places=places) for t, axis, places in zip(values, (0, 1), (height, width))
+    ))  # fmt: skip
+    mask, leaves = ctx.bind(Full()), [q, k, v, *values]
+    wanted = reference.attend(q, k, v, mask, score, 0.3)[0]
+    pull = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((wanted * pull).sum(), leaves, retain_graph=True)
+    for found in (attend(q, k, v, mask=mask, score=score, scale=0.3), sdpa.attend(q, k, v, mask, score, 0.3, 0.0)):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+        for a, b in zip(torch.autograd.grad((found * pull).sum(), leaves), gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert "rows and columns" in plan(device="cuda", dtype=torch.bfloat16, queries=12, mask=mask, score=score).why
+    assert (
+        not Score(score.terms, cap=2.0).gridded
+        and not Score(score.terms[:1] + pair(torch.ones(H), inside, None)[0].terms).gridded
+    )

@@ -80,6 +80,8 @@ def plan(
         )
     if plain:
         return Plan("sdpa", "a mask beyond causal: fused attention with the mask as booleans")
+    if score is not None and score.gridded:
+        return Plan("sdpa", "terms of rows and columns: fused attention over queries and keys wider by their number")
     if score is not None and score.cap is None:
         return Plan("sdpa", "additive terms: fused attention with the terms as a bias")
     return Plan("tiled", "a soft cap is not additive: plain attention in tiles of queries, recomputed in the backward")

@@ -112,7 +112,8 @@ class RelativeLogits:
 
     values: (B,H,T,back+ahead+1), the term of query i at distance d, clipped to [-back, ahead], at d + back. A small product,
     made and differentiated outside of the attention. axis: position axis it reads. by_key: values (B,H,S,...) is of key j
-    instead (He et al. 2021, DeBERTa, eq. 4: position to content).
+    instead (He et al. 2021, DeBERTa, eq. 4: position to content). places: a static promise that keys' positions along the
+    axis are 0 to places - 1, few, as rows and columns of a grid are.
     """
 
     values: Tensor
@@ -120,6 +121,7 @@ class RelativeLogits:
     axis: int = 0
     inside_scale: bool = True
     by_key: bool = False
+    places: int | None = None
     tabled: ClassVar[bool] = False
 
     @property
@@ -173,6 +175,13 @@ class Score:
         if len(key) > 1 or len(ends) > 1 or query[0].axis or query[0].values.shape[3] == 1:
             return None
         return query[0], key[0] if key else None
+
+    @property
+    def gridded(self) -> tuple[RelativeLogits, ...]:
+        """The terms, where they go by the query and few places of the keys, and there is nothing else; empty otherwise."""
+        found = [t for t in self.terms if isinstance(t, RelativeLogits) and t.places is not None and not t.by_key]
+        more = len(found) != len(self.terms) or self.cap is not None or self.value_terms is not None
+        return () if more else tuple(found)
 
     def along(self, length: int, scale: float, device: torch.device) -> Tensor:
         """The terms' sum in units of the final score, (H, 2·reach+1): distance d at d + reach. `tabled` scores alone.

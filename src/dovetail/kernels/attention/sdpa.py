@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dovetail.kernels.attention.coords import BoundMask
-from dovetail.kernels.attention.score import Score
+from dovetail.kernels.attention.coords import BoundMask, Coords
+from dovetail.kernels.attention.score import RelativeLogits, Score
 
 _WIDTH = 128  # of heads that every fused operator takes
 _CUDNN = SDPBackend.CUDNN_ATTENTION
@@ -23,6 +23,9 @@ def attend(
 ) -> Tensor:
     """(B,H,T,Dv). Value width is padded to the key width where the fused operators want them equal; values far wider
     than keys, as of a gated attention unit, go a slice at a time, each with the scores anew."""
+    if score is not None and score.gridded:
+        assert mask is not None
+        q, k, score = *_widened(q, k, score.gridded, mask.at, scale), None
     Dv, D = v.shape[-1], q.shape[-1]
     if Dv > max(D, _WIDTH) and not dropout:  # which every slice would draw for itself
         slices = v.split(max(D, _WIDTH), -1)
@@ -58,6 +61,27 @@ def attend(
         # A float bias of -inf everywhere is NaN in some backends; an empty row is zero by contract.
         out = torch.where(mask.dense().any(-1, keepdim=True), out, torch.zeros_like(out))
     return out[..., :Dv] if Dv < D else out
+
+
+def _widened(
+    q: Tensor, k: Tensor, terms: tuple[RelativeLogits, ...], at: Coords, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Queries that hold their terms, one for each place, beside them, and keys that hold a one at their own: the product
+    adds them up. O(T · places) numbers where a bias has T · T; widths are multiples of 8, as fused operators want them."""
+    assert at.q.positions is not None and at.k.positions is not None
+    queries, keys = [q], [k]
+    for t in terms:
+        places = torch.arange(t.places or 0, device=q.device)
+        index = (places - at.q.positions[:, None, :, t.axis, None] + t.back).clamp(0, t.values.shape[3] - 1)
+        own = t.values.gather(-1, index.expand(*q.shape[:3], -1))
+        queries.append((own if t.inside_scale else own / scale).to(q.dtype))
+        key = ("ones", t.axis, t.places, k.dtype)
+        if key not in at.memo:
+            at.memo[key] = (at.k.positions[:, None, :, t.axis, None] == places).to(k.dtype)
+        keys.append(at.memo[key].expand(*k.shape[:3], -1))
+    beyond = -sum(x.shape[-1] for x in queries) % 8
+    wide = (torch.cat(x, -1) for x in (queries, keys))
+    return tuple(F.pad(x, (0, beyond)) if beyond else x for x in wide)  # type: ignore[return-value]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:

@@ -46,8 +46,9 @@ def score_like(position: PositionModule, cap: float | None = None) -> Score | No
     terms: tuple[Any, ...] = (Content(lambda start, stop: torch.empty(0, device="meta"), 0),)
     if position.tabled:
         terms = (Toeplitz(torch.empty(0, device="meta"), lambda distance: distance),)
-    elif position.relative:
-        terms = (RelativeLogits(torch.empty(1, 1, 1, 2, device="meta"), 0),)
+    elif position.relative or position.gridded:
+        places = 1 if position.gridded else None
+        terms = (RelativeLogits(torch.empty(1, 1, 1, 2, device="meta"), 0, places=places),)
     return Score(terms, cap=cap, value_terms=_added if adds_values(position) else None)
 
 

@@ -33,6 +33,7 @@ class PositionModule(nn.Module):
     relative: ClassVar[bool] = (
         False  # whether, over tokens in step, it is a term by query and distance, or that and one by key
     )
+    gridded: ClassVar[bool] = False  # whether it is terms by query and row, and query and column, of a grid
     turns_all: ClassVar[bool] = False  # whether keys that it did not turn (a prefix's) mean nothing beside its own
 
     def embed(self, x: Tensor, ctx: Context, tokens: Tensor | None = None, state: Any = None) -> Tensor:

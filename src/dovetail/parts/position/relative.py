@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.errors import BuildError, DataError
-from dovetail.kernels.attention import Content, Coords, RelativeLogits, Score, Toeplitz
+from dovetail.kernels.attention import Coords, RelativeLogits, Score, Toeplitz
 from dovetail.parts.context import Context
 from dovetail.parts.norm import LayerNorm
 from dovetail.parts.position.base import PositionModule, head_width, refuse_cross, refuse_text
@@ -201,6 +201,7 @@ class Axial(Spec):
 class AxialModule(PositionModule):
     hooks: ClassVar[frozenset[str]] = frozenset({"score"})
     axes: ClassVar[int] = 2
+    gridded: ClassVar[bool] = True
 
     def __init__(self, height: int, width: int, slot: Slot):
         super().__init__()
@@ -211,19 +212,14 @@ class AxialModule(PositionModule):
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         check_grid(self.sizes, ctx, self.path)
-        B, T, H, _ = q.shape
+        tables, grid = (self.rows.matrix(), self.columns.matrix()), ctx.needs_grid(self.path)
 
-        def along(axis: int, table: Tensor) -> Content:
-            size = self.sizes[axis]
-            index = ctx.once(("axial", axis, size, id(at)), lambda: size - 1 - at.distance(axis)[:, None])
+        def along(axis: int) -> RelativeLogits:
+            """Rows of a table are distances from the key to the query."""
+            values = torch.einsum("bthd,rd->bhtr", q, tables[axis].flip(0))
+            return RelativeLogits(values, self.sizes[axis] - 1, axis, inside_scale=False, places=grid[axis])
 
-            def compute(start: int, stop: int) -> Tensor:
-                term = torch.einsum("bthd,rd->bhtr", q[:, start:stop], table)
-                return term.gather(-1, index[:, :, start:stop].expand(B, H, -1, -1))
-
-            return Content(compute, T, inside_scale=False)
-
-        return Score((along(0, self.rows.matrix()), along(1, self.columns.matrix())))
+        return Score((along(0), along(1)))
 
 
 def grid_size(height: int | None, width: int | None, kind: str, slot: Slot) -> tuple[int, int]:
