@@ -266,7 +266,7 @@ def test_targets_by_every_name(tmp_path: Path) -> None:
     assert model.embedding.table.num_embeddings == VOCAB
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 6])
 def test_compiles_whole_with_checkpointing(window: int | None) -> None:
     """One graph with recomputation, no block done twice in the forward, and the gradients of eager."""
     from functorch.compile import make_boxed_func

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,16 @@ def asked(folder: Path, **change: Any) -> dict[str, Any]:
     } | change
 
 
-def test_measures_once_reports_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_measures_once_reports_and_goes_on(apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not apart:  # that a process is begun for every arm is what the test of one that is killed begins with
+        monkeypatch.setattr(scalings, "processes", lambda: ThreadPoolExecutor(1))
     printed = {"source": "a paper", "against": "softmax", "values": {"linear": {32: 1.5, 48: 2.0}}}
     data = asked(tmp_path, published=printed, batch_tokens=64)
     recipe, runs = Scaling.load(data), tmp_path / "out" / "runs"
     key = scalings._key(recipe, recipe.arms[0], scalings.machine(scalings.choose("cpu")))
     scalings._measure(recipe, recipe.arms[0], key, runs / "softmax" / "found.json")  # here, as if before
-    found = scaling(data, quiet=True)  # the other in a process of its own
+    found = scaling(data, quiet=True)  # the other where it asks for a process of its own
     softmax, linear = found.arms
     for arm in found.arms:
         assert [(c.what, c.length, c.rows, c.why) for c in arm.cells] == [

@@ -76,7 +76,7 @@ def test_fixed_discounts_where_counts_of_counts_give_none() -> None:
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-@pytest.mark.parametrize("order", [3, 5])
+@pytest.mark.parametrize("order", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_modified_kneser_ney_on_real_text(corpus: str, order: int) -> None:
     if not CORPORA[corpus].exists():
         pytest.skip(f"{CORPORA[corpus]} is not here")
