@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
 
@@ -55,7 +57,7 @@ class Row(Mapping[str, Any]):
 R = TypeVar("R", bound=Row)
 
 
-class Table(Generic[R]):
+class Table(ABC, Generic[R]):
     """Base. Row i depends on (the class, seed, split, size, i) alone: not on `count`, what was read before, the worker
     that reads it, or the platform. `language` changes texts alone.
 
@@ -86,14 +88,14 @@ class Table(Generic[R]):
         self.language: Language = language
         self.indices: Sequence[int] = range(COUNTS[split] if count is None else count)
 
+    @abstractmethod
     def draw(self, index: int) -> R:
         """The row of that number. Only `__getitem__` calls it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def features(self) -> dict[str, Feature]:
         """What each column holds."""
-        raise NotImplementedError
 
     @property
     def column_names(self) -> list[str]:
@@ -137,8 +139,7 @@ class Table(Generic[R]):
         for at in chosen:
             if not 0 <= at < len(self):
                 raise IndexError(f"row {at} of {len(self)}")
-        found = object.__new__(type(self))
-        found.__dict__.update(self.__dict__)
+        found = copy(self)
         found.indices = [self.indices[at] for at in chosen]
         return found
 

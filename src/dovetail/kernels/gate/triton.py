@@ -75,9 +75,7 @@ def _forward(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     stride, h = stride * UNIT, h * UNIT
-    i, j, inside = _tile(rows, h, ROWS, COLUMNS)
-    gate = tl.load(both + i * stride + j, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + i * stride + h + j, mask=inside, other=0.0).to(tl.float32)
+    i, j, inside, gate, up = _tile(both, rows, stride, h, ROWS, COLUMNS)
     act, _ = _act(gate, ACTIVATION)
     tl.store(out + i * h + j, (act * up).to(out.dtype.element_ty), mask=inside)
 
@@ -88,9 +86,7 @@ def _backward(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     stride, h = stride * UNIT, h * UNIT
-    i, j, inside = _tile(rows, h, ROWS, COLUMNS)
-    gate = tl.load(both + i * stride + j, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + i * stride + h + j, mask=inside, other=0.0).to(tl.float32)
+    i, j, inside, gate, up = _tile(both, rows, stride, h, ROWS, COLUMNS)
     d = tl.load(d_out + i * h + j, mask=inside, other=0.0).to(tl.float32)
     act, slope = _act(gate, ACTIVATION)
     to = d_both + i * (2 * h) + j
@@ -101,12 +97,15 @@ def _backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tile(rows, h, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's rows (ROWS,1) and columns (1,COLUMNS) of a half, and which of them there are."""
+def _tile(both, rows, stride, h, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's rows (ROWS,1) and columns (1,COLUMNS) of a half, which of them there are, and gate and up in fp32."""
     across = tl.cdiv(h, COLUMNS)
     i = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return i, j, (i < rows) & (j < h)
+    inside = (i < rows) & (j < h)
+    gate = tl.load(both + i * stride + j, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + i * stride + h + j, mask=inside, other=0.0).to(tl.float32)
+    return i, j, inside, gate, up
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from dovetail.spec import Slot, Spec, register
 from dovetail.spec.ranges import Count, Positive
 
 
-class BiasModule(PositionModule):
+class BiasModule(PositionModule, ABC):
     """Base: `bias` of the distance, added to the scaled scores."""
 
     hooks: ClassVar[frozenset[str]] = frozenset({"score"})
@@ -28,9 +29,9 @@ class BiasModule(PositionModule):
         super().__init__()
         self.heads = heads
 
+    @abstractmethod
     def bias(self, away: Tensor) -> Tensor:
         """|i - j| (B|1,1,T,S), in fp32 or better -> (B|1,H,T,S)."""
-        raise NotImplementedError
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         wide = torch.promote_types(q.dtype, torch.float32)

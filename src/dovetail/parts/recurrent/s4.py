@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -45,8 +46,8 @@ class S4(StateSpace):
 class DenseModule(StateSpaceModule):
     """What runs by its whole matrix: `law` gives (Ā (H,N,N), B̄ (H,N), C (H,N)), real, fp64."""
 
-    def law(self) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def law(self) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
         return dense_kernel(*self.law(), length).to(dtype)  # powers in fp64: errors double with each squaring

@@ -7,6 +7,7 @@ and put back (their number is data, so that path waits for the device). With a s
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -44,7 +45,7 @@ class StateSpace(Spec):
     activation: ActivationPart = Gelu()
 
 
-class StateSpaceModule(nn.Module):
+class StateSpaceModule(nn.Module, ABC):
     """Parameters log_dt (H), C as the subclass has it, D (H); `out`."""
 
     undecayed: ClassVar[frozenset[str]] = frozenset({"log_dt"})
@@ -70,22 +71,22 @@ class StateSpaceModule(nn.Module):
         self.log_dt.uniform_(*self.range, generator=rng("log_dt"))
         self.D.normal_(generator=rng("D"))
 
+    @abstractmethod
     def kernel(self, length: int, dtype: torch.dtype) -> Tensor:
         """What h answers to a single 1, (H,length)."""
-        raise NotImplementedError
 
     def response(self, length: int, dtype: torch.dtype) -> Tensor:
         """`kernel`, and D at its head: so D x needs no passes over x of its own."""
         kernel = self.kernel(length, dtype)
         return torch.cat([kernel[:, :1] + self.D.to(dtype)[:, None], kernel[:, 1:]], 1)
 
+    @abstractmethod
     def stepping(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `scan` goes by, for x of this dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scan(self, x: Tensor, law: Sequence[Tensor], start: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """(C h (B,T,H), last h) of x (B,T,H) behind `start`; real (B,T): false for padding."""
-        raise NotImplementedError
 
     def sizes(self) -> tuple[int, ...]:
         """The shape of one row's h."""

@@ -6,6 +6,7 @@ int8 product is a plain one in fp32, and its int4 product takes bf16 alone and a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from dovetail.kernels import quantise
 from dovetail.spec import Spec
 
 
-class Stored(nn.Module):
+class Stored(nn.Module, ABC):
     """A frozen weight as codes and constants, which are buffers: it trains nothing and saves what it holds.
 
     shape: of the weight, (out, in). dtype: what it had, and what `dense` gives back. It follows `.to(dtype)`; the
@@ -29,13 +30,13 @@ class Stored(nn.Module):
         super().__init__()
         self.storage, self.shape, self.dtype = spec, torch.Size(shape), dtype
 
+    @abstractmethod
     def fill(self, weight: Tensor) -> Tensor:
         """Quantises `weight` into the buffers; returns a constant of every block, not finite where its weights are not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as the codes say it, (out, in), computed in fp32 and rounded once to `dtype`. No gradient."""
-        raise NotImplementedError
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + b in x's dtype (autocast's, where it is on): (..., in) -> (..., out).
@@ -61,13 +62,13 @@ class Stored(nn.Module):
         return quantise.plan_linear(device, x.numel() // width, x.dtype, self.group, width)
 
     @property
+    @abstractmethod
     def group(self) -> int | None:
         """Weights of a row that share a constant; None where blocks reach over the ends of rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self) -> quantise.Rows:
         """The codes and constants as they lie along the rows of the weight; only where `group` is not None."""
-        raise NotImplementedError
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,6 +111,7 @@ class Storage(Spec):
             )
         return stored
 
+    @abstractmethod
     def empty(
         self,
         shape: Sequence[int],
@@ -117,7 +119,6 @@ class Storage(Spec):
         device: torch.device | str | None = None,
     ) -> Stored:
         """Room for a weight (out, in) of `dtype`, to be filled by `load_state_dict`. It holds nothing meaningful yet."""
-        raise NotImplementedError
 
 
 class _Linear(torch.autograd.Function):

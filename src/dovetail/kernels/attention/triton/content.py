@@ -50,7 +50,7 @@ def _forward(
     from dovetail.kernels.attention.triton import launch
 
     places = None if q_places is None or k_places is None else (q_places, k_places)
-    content = launch.Content(values, keyed, back, factor)
+    content = launch.Rows(values, keyed, back, factor)
     return launch.forward(q, k, v, None, places, Span(before, after, sinks), scale, content=content)
 
 
@@ -63,7 +63,7 @@ def _backward(
     from dovetail.kernels.attention.triton import launch
 
     places = None if q_places is None or k_places is None else (q_places, k_places)
-    content = launch.Content(values, keyed, back, factor)
+    content = launch.Rows(values, keyed, back, factor)
     d_q, d_k, d_v, d_values, *more = launch.backward(
         d_out, d_lse, q, k, v, None, places, out, lse, Span(before, after, sinks), scale, content=content
     )

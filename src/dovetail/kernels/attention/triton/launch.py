@@ -40,7 +40,7 @@ class Second(NamedTuple):
     span: Span
 
 
-class Content(NamedTuple):
+class Rows(NamedTuple):
     """What is added to the score of query i and a key at distance d: factor · values[..., i, d + back], values (B,H,T,W); at
     the ends, what is there and beyond. keyed (B,H,S,W): the same of key j, factor · keyed[..., j, d + back]."""
 
@@ -52,7 +52,7 @@ class Content(NamedTuple):
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span, scale: float,
-    second: Second | None = None, content: Content | None = None,
+    second: Second | None = None, content: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B,H,T,E) in q's type and lse (B,H,T) in fp32. table (H,2·reach+1). places: None where a row is one segment."""
     (B, H, T, _), E = q.shape, v.shape[3]
@@ -71,7 +71,7 @@ def forward(
 
 def backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places,
-    out: Tensor, lse: Tensor, span: Span, scale: float, second: Second | None = None, content: Content | None = None,
+    out: Tensor, lse: Tensor, span: Span, scale: float, second: Second | None = None, content: Rows | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v and the table (in fp32; empty without one) or the content's values, and of the second q and k if
     there are any. out, lse: the forward's, or those of a softmax over more keys than k, of which this is the part (`regions.merge`)."""
@@ -171,7 +171,7 @@ class _Asked:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span,
-        second: Second | None = None, content: Content | None = None,
+        second: Second | None = None, content: Rows | None = None,
     ):  # fmt: skip
         self.other = None if second is None else Second(dense(second.q), dense(second.k), second.span)
         self.places, self.span, self.fan, self.dtype = places, span, q.shape[1] // k.shape[1], q.dtype
