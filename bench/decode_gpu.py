@@ -265,16 +265,14 @@ def attempts(each: Shape, rows: int) -> None:
     prompt, model = prompts(rows, each.sizes["vocab_size"]), ours(each.sizes)
     own, usual = triton.OWN, tuned(torch.device(DEVICE), rows)
     searched = {"coordinate_descent_tuning": not usual.get("coordinate_descent_tuning", False)}
-    overlapped = {"triton.enable_pdl": True}
-    together = {"combo_kernels": True}
+    without = {option: {k: v for k, v in usual.items() if k != option} for option in usual}
+    fused = tuple(kind for kind in own if kind != "decode")
     ways: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "as it is": (usual, own),
         f"{searched}": (usual | searched, own),
-        "launches overlap": (usual | overlapped, own),
-        "kernels side by side as one": (usual | together, own),
-        "split keys": (usual, (*own, "decode")),
-        "split keys, launches overlap": (usual | overlapped, (*own, "decode")),
-        "split keys, both": (usual | overlapped | together, (*own, "decode")),
+        **{f"without {option}": (left, own) for option, left in without.items()},
+        "without split keys": (usual, fused),
+        "without any": ({}, fused),
     }
     for name, (options, kernels) in ways.items():
         with skipped(name):

@@ -248,6 +248,14 @@ def softmax(dtype: torch.dtype, vocab: int) -> Run:
     return run
 
 
+def vector_product(width: int) -> Run:
+    from dovetail.kernels.linear import vector
+
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, width, device=DEVICE).to(NARROW).squeeze(0) for n in (1, 100))
+    return lambda: [vector.product(x, weight)]
+
+
 def adamw(dtype: torch.dtype, stored: bool) -> Run:
     """Some tiles and a part of one. stored: the rate lies in memory, and gradients are divided by what does."""
     from dovetail.kernels.adamw import Row, triton
@@ -320,6 +328,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "softmax": lambda: softmax(NARROW, 40_000),
     "softmax ragged": lambda: softmax(NARROW, 33_333),
     "softmax fp32": lambda: softmax(FP32, 20_000),
+    "vector product": lambda: vector_product(2048),
+    "vector product ragged": lambda: vector_product(1000),
     "adamw": lambda: adamw(NARROW, True),
     "adamw fp32": lambda: adamw(FP32, False),
     "codes": lambda: codes(NARROW),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dovetail.kernels.installed import TRITON
 from dovetail.kernels.linear import linear
 from dovetail.kernels.linear.accumulate import add_product
 
@@ -57,3 +58,26 @@ def test_add_product(dtype: torch.dtype) -> None:
     narrow = dtype.itemsize == 2 and not cuda
     rtol = torch.finfo(dtype).eps if narrow else 1e-5
     torch.testing.assert_close(total.double(), right, rtol=rtol, atol=8 * rtol)
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, width", [(1, 1), (33, 40), (40, 1024), (9, 1030), (16, 2048)])
+def test_one_vector(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Ragged and even sizes, rows that lie apart, against fp64."""
+    from dovetail.kernels.linear import vector
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = torch.randn(width, device=device).to(dtype), torch.randn(rows, width + 8, device=device).to(dtype)
+    right = weight[:, :width].double() @ x.double()
+    atol = 4 * torch.finfo(dtype).eps * width**0.5
+    with torch.no_grad():
+        torch.testing.assert_close(vector.product(x, weight[:, :width]).double(), right, rtol=0, atol=atol)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="chosen on CUDA alone")
+@torch.no_grad()
+def test_a_tall_weight_on_cuda() -> None:
+    x, weight = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 40_000))
+    right = F.linear(x.double(), weight.double())
+    torch.testing.assert_close(linear(x[None], weight)[0].double(), right, rtol=0, atol=0.25)

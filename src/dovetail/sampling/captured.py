@@ -161,9 +161,13 @@ def _step(model: Any, state: State) -> Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def tuned(device: torch.device, rows: int) -> dict[str, Any]:
-    """Inductor's options for a step of so many rows. One row on CUDA: products with a vector become reductions of its own,
-    searched for the best shape, which read weights nearer to the speed of memory than the library's products do."""
-    return {"coordinate_descent_tuning": True} if device.type == "cuda" and rows == 1 else {}
+    """Inductor's options for a step of so many rows. On CUDA a kernel is launched while the one before it ends, and small
+    ones beside each other are one. One row: products with a vector become reductions of its own, searched for the best
+    shape, which read weights nearer to the speed of memory than the library's products do."""
+    if device.type != "cuda":
+        return {}
+    short = {"triton.enable_pdl": True, "combo_kernels": True}
+    return short | ({"coordinate_descent_tuning": True} if rows == 1 else {})
 
 
 def _facts(model: nn.Module) -> tuple[Any, ...]:

@@ -19,7 +19,8 @@ from dovetail.kernels.attention.triton.sizes import WIDEST
 # What these kernels get on CUDA, of what `kind` names, "decode" and "regions": docs/results/attention_triton.json, sparse.json.
 # Windows and dilated masks won forward and backward; tables hold O(T) numbers at the speed of a dense mask or above, but for
 # ALiBi's backward (0.95x); rows and regions had no kernel but tiles of plain products. Documents lost to FlexAttention.
-OWN: tuple[str, ...] = ("table", "rows", "window", "dilated", "regions")
+# Few queries over a state (decode): docs/results/decode_gpu.json.
+OWN: tuple[str, ...] = ("decode", "table", "rows", "window", "dilated", "regions")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: BoundMask | None, score: Score | None, scale: float) -> Tensor:

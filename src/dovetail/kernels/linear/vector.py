@@ -1,0 +1,68 @@
+"""W x of one vector and a tall W on a GPU: the logits of one token, bound by the reading of W.
+
+A program holds a few rows of W in flight, a piece of them at a time, and every thread sums its own columns until the end,
+so that nothing waits between loads. Counted for 128,256 rows of 2048 in bf16 on one H200: 525 MB, 125 µs at 4.2 TB/s.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dovetail.kernels.chunks import ceil_div
+from dovetail.kernels.operation import operation
+
+
+class Launch(NamedTuple):
+    """Rows of W and columns that a program reads at a step, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+LAUNCH = Launch(8, 1024, 4)
+
+
+@operation("vector_product")
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """W x (O,) of x (I,), contiguous, and W (O,I), whose rows are, in their type; summed in fp32."""
+    rows, width = weight.shape
+    y = torch.empty(rows, dtype=x.dtype, device=x.device)
+    columns = min(LAUNCH.columns, triton.next_power_of_2(width))
+    kernel: Any = _product  # a launch takes more than its signature says
+    with torch.cuda.device_of(x):
+        kernel[(ceil_div(rows, LAUNCH.rows),)](
+            x, weight, y, rows, weight.stride(0), width, LAUNCH.rows, columns, num_warps=LAUNCH.warps
+        )
+    return y
+
+
+@product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(weight.shape[0])
+
+
+@triton.jit
+def _product(  # type: ignore[no-untyped-def]
+    x, weight, y, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = weight + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.static_range(0, WIDTH, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        if WIDTH % COLUMNS == 0:
+            w, v = tl.load(at + column[None, :]), tl.load(x + column)
+        else:
+            inside = column < WIDTH
+            w, v = (
+                tl.load(at + column[None, :], mask=inside[None, :], other=0.0),
+                tl.load(x + column, mask=inside, other=0.0),
+            )
+        total += w.to(tl.float32) * v.to(tl.float32)[None, :]
+    tl.store(y + row, tl.sum(total, 1).to(y.dtype.element_ty), mask=row < rows)
