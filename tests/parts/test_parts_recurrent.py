@@ -10,6 +10,7 @@ from torch import nn
 
 from dovetail.errors import BuildError, RunError
 from dovetail.parts.context import Context
+from dovetail.parts.recurrent import rnn
 from dovetail.parts.state import Room, VectorState
 from oracles import oracle_for
 from parts.making import make
@@ -89,6 +90,27 @@ def test_the_state_is_torchs(kind: str) -> None:
         ours(x, PLAIN, state)
     with pytest.raises(RunError, match="truncated"):
         VectorState(h=x).truncate(1)
+
+
+@pytest.mark.parametrize("kind", PEERS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_rows_longer_than_the_library_counts(kind: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces: the same outputs, gradients and state, of whole rows and of documents."""
+    mixer = pair(kind, hidden=8, bidirectional=bidirectional)[0]
+    segments = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1, 2], [-1, -1, 0, 0, 0, 0, 0, 0, 0], [-1] * 9])
+    for ctx in (PLAIN, Context.of(3, 9, torch.device("cpu"), segments=segments)):
+        found = []
+        for most in (9, 2):
+            monkeypatch.setattr(rnn, "_LONGEST", {"cpu": most})
+            x = torch.randn(3, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            y = mixer(x, ctx)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
+            if not bidirectional:
+                state = mixer.new_state(Room(3, 9, torch.device("cpu"), torch.float64))
+                with torch.no_grad():
+                    found[-1] += [mixer(x, ctx, state), *(state[n] for n in mixer.names)]
+        for whole, pieces in zip(*found, strict=True):
+            torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_the_start_is_torchs_and_the_forget_bias_is_what_is_asked() -> None:

@@ -1,7 +1,8 @@
 """W x of one vector and a tall W on a GPU: the logits of one token, bound by the reading of W.
 
 A program holds a few rows of W in flight, a piece of them at a time, and every thread sums its own columns until the end,
-so that nothing waits between loads. Counted for 128,256 rows of 2048 in bf16 on one H200: 525 MB, 125 µs at 4.2 TB/s.
+so that nothing waits between loads. For 128,256 rows of 2048 and 4096 in bf16 on one H200 117 and 231 µs, 4.5 TB/s, where
+cuBLAS takes 128 and 248; four rows at a time, or 1024 columns, are as fast.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH = Launch(8, 1024, 4)
+LAUNCH = Launch(2, 2048, 4)
 
 
 @operation("vector_product")
@@ -54,7 +55,7 @@ def _product(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.static_range(0, WIDTH, COLUMNS):
+    for start in tl.static_range(0, WIDTH, COLUMNS):  # type: ignore
         column = start + tl.arange(0, COLUMNS)
         if WIDTH % COLUMNS == 0:
             w, v = tl.load(at + column[None, :]), tl.load(x + column)

@@ -21,6 +21,7 @@ from dovetail.kernels.attention import (
     attend_regions,
     plan,
 )
+from dovetail.kernels.parted import parted
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.attention.options import by_name, check_options, plans_of, score_like
 from dovetail.parts.context import Context, refuse_memory
@@ -212,7 +213,7 @@ class AttentionModule(Adaptable):
             q, k = self.qkv.rows(xq, 0, H * D), self.qkv.rows(xk, H * D, (H + G) * D)
             v = self.qkv.rows(x, (H + G) * D, self.qkv.out_features)
         else:
-            q, k, v = self.qkv(x).split([H * D, G * D, G * self.value_dim], dim=-1)
+            q, k, v = parted(self.qkv(x), (H * D, G * D, G * self.value_dim))
         return self._heads(q, H, "q"), self._heads(k, G, "k"), v.unflatten(-1, (G, self.value_dim))
 
     def _heads(self, x: Tensor, heads: int, which: str) -> Tensor:

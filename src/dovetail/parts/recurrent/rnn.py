@@ -160,6 +160,26 @@ class RecurrentModule(nn.RNNBase):
 
     def _run(self, x: Tensor, alive: Tensor | None, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Rows (B,T,C), or packed data (N,C) with `alive` documents at each time; start (1|2,B,hidden) each."""
+        longest, most = x.shape[1] if alive is None else len(alive), _LONGEST.get(x.device.type, x.numel())
+        if longest <= most:
+            return self._fused(x, alive, start)
+        if self.bidirectional:
+            with torch.backends.cudnn.flags(enabled=False):
+                return self._fused(x, alive, start)
+        outs, last, read = [], tuple(start), 0
+        for begin in range(0, longest, most):
+            left = None if alive is None else alive[begin : begin + most]
+            if left is None:
+                piece, still = x[:, begin : begin + most], last
+            else:  # documents that have ended are the last ones
+                piece, still = x[read : read + int(left.sum())], tuple(s[:, : left[0]].contiguous() for s in last)
+                read += len(piece)
+            y, *new = self._fused(piece, left, still)
+            last = tuple(torch.cat([now, old[:, now.shape[1] :]], 1) for now, old in zip(new, last, strict=True))
+            outs.append(y)
+        return torch.cat(outs, 1 if alive is None else 0), *last
+
+    def _fused(self, x: Tensor, alive: Tensor | None, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
         weights: Any = [getattr(self, name) for names in self._all_weights for name in names]
         how = (weights, self.bias, 1, 0.0, self.training, self.bidirectional)
         begin: Any = tuple(start) if self.mode == "LSTM" else start[0]
@@ -168,6 +188,10 @@ class RecurrentModule(nn.RNNBase):
 
     def _start(self, rows: int) -> tuple[int, int, int]:
         return (2 if self.bidirectional else 1, rows, self.hidden_size)
+
+
+# Tokens of a row that a library's recurrence takes at once; cuDNN's counts no further (pytorch issue 133751).
+_LONGEST = {"cuda": 65_535}
 
 
 @dataclass(frozen=True)
