@@ -27,6 +27,7 @@ from torch import Tensor
 
 import dovetail as dt
 from dovetail.errors import RunError
+from dovetail.kernels import linear
 from dovetail.kernels.attention import triton
 from dovetail.sampling import Captured, Sampling
 from dovetail.sampling.captured import tuned
@@ -263,20 +264,22 @@ def profile(each: Shape, rows: int, steps: int = 8) -> None:
 def attempts(each: Shape, rows: int) -> None:
     """Prints the microseconds of a step that is compiled in other ways."""
     prompt, model = prompts(rows, each.sizes["vocab_size"]), ours(each.sizes)
-    own, usual = triton.OWN, tuned(torch.device(DEVICE), rows)
+    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL
     searched = {"coordinate_descent_tuning": not usual.get("coordinate_descent_tuning", False)}
     without = {option: {k: v for k, v in usual.items() if k != option} for option in usual}
     fused = tuple(kind for kind in own if kind != "decode")
-    ways: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-        "as it is": (usual, own),
-        f"{searched}": (usual | searched, own),
-        **{f"without {option}": (left, own) for option, left in without.items()},
-        "without split keys": (usual, fused),
-        "without any": ({}, fused),
+    ways: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+        "as it is": (usual, own, tall),
+        "own products": (usual, own, 1),
+        f"own products, {searched}": (usual | searched, own, 1),
+        f"{searched}": (usual | searched, own, tall),
+        **{f"without {option}": (left, own, tall) for option, left in without.items()},
+        "without split keys": (usual, fused, tall),
+        "without any": ({}, fused, 2**31),
     }
-    for name, (options, kernels) in ways.items():
+    for name, (options, kernels, rows_from) in ways.items():
         with skipped(name):
-            triton.OWN = kernels
+            triton.OWN, linear._TALL = kernels, rows_from
             start = time.perf_counter()
             runner = Captured(model, rows, PROMPT + NEW, options=options)
             run = begun(model, prompt, runner)
@@ -284,7 +287,7 @@ def attempts(each: Shape, rows: int) -> None:
             alone = statistics.median(seconds(lambda run=run: [run.step() for _ in range(64)], 3)) / 64
             print(f"{each.name} B{rows}: a step {1e6 * alone:.0f} us, compiled in {first:.0f} s: {name}", flush=True)
         torch.compiler.reset()
-    triton.OWN = own
+    triton.OWN, linear._TALL = own, tall
 
 
 def asked(names: Sequence[str]) -> Iterator[tuple[Shape, int]]:

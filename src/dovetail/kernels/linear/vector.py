@@ -27,6 +27,8 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch(2, 2048, 4)
+# On Hopper and later a program starts while the kernel before is ending, and waits with W in its registers for x alone.
+OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 @operation("vector_product")
@@ -36,9 +38,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     columns = min(LAUNCH.columns, triton.next_power_of_2(width))
     kernel: Any = _product  # a launch takes more than its signature says
+    more = {"launch_pdl": True} if OVERLAP else {}
     with torch.cuda.device_of(x):
         kernel[(ceil_div(rows, LAUNCH.rows),)](
-            x, weight, y, rows, weight.stride(0), width, LAUNCH.rows, columns, num_warps=LAUNCH.warps
+            x, weight, y, rows, weight.stride(0), width, LAUNCH.rows, columns, OVERLAP, num_warps=LAUNCH.warps, **more
         )
     return y
 
@@ -50,20 +53,27 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
-    x, weight, y, rows, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    x, weight, y, rows, stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.static_range(0, WIDTH, COLUMNS):  # type: ignore
-        column = start + tl.arange(0, COLUMNS)
-        if WIDTH % COLUMNS == 0:
-            w, v = tl.load(at + column[None, :]), tl.load(x + column)
-        else:
-            inside = column < WIDTH
-            w, v = (
-                tl.load(at + column[None, :], mask=inside[None, :], other=0.0),
-                tl.load(x + column, mask=inside, other=0.0),
-            )
-        total += w.to(tl.float32) * v.to(tl.float32)[None, :]
+    w = _piece(at, 0, WIDTH, COLUMNS)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    total = w.to(tl.float32) * _piece(x, 0, WIDTH, COLUMNS).to(tl.float32)
+    for start in tl.static_range(COLUMNS, WIDTH, COLUMNS):  # type: ignore
+        w = _piece(at, start, WIDTH, COLUMNS)
+        total += w.to(tl.float32) * _piece(x, start, WIDTH, COLUMNS).to(tl.float32)
     tl.store(y + row, tl.sum(total, 1).to(y.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _piece(at, start, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns from `start` on of rows `at` (ROWS,1), or of one pointer."""
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    if WIDTH % COLUMNS == 0:
+        return tl.load(at + column)
+    return tl.load(at + column, mask=column < WIDTH, other=0.0)
