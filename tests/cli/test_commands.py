@@ -265,6 +265,16 @@ def test_train_stops_on_a_typo_and_trains(run: Run, tmp_path: Path) -> None:
     assert run("generate", f"{tmp_path}/a", "--prompt", "def", "--max-new-tokens", 2, "--temperature", 0)[0] == 0
 
 
+def test_compare_of_some_arms(run: Run, tmp_path: Path) -> None:
+    asks = tmp_path / "asks.yaml"
+    asks.write_text("arms: [{name: a}]\n")
+    code, _, err = run("compare", asks, "--only", "a", "--jobs", 2)
+    assert code == 2 and "a recipe whose arms do not train does not read --jobs, --only" in err
+    for recipe, near in (("init.yaml", "'deepnorm 54'"), ("length_cpu.yaml", "'linear'")):
+        code, _, err = run("compare", ROOT / "recipes" / recipe, "--only", f"{near[1:-1]}_", "--out", tmp_path / "out")
+        assert code == 2 and f"did you mean {near}?" in err and not (tmp_path / "out").exists()
+
+
 def test_a_directory_that_is_not_there(run: Run) -> None:
     code, _, err = run("show", "./nowhere")
     assert code == 2 and "nowhere" in err

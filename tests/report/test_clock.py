@@ -11,7 +11,7 @@ import pytest
 import dovetail as dt
 from dovetail.errors import RunError, SpecError
 from dovetail.report.clock import Clock, curve, curves, history, reached, timed
-from dovetail.report.study import Study, study
+from dovetail.report.study import Study, _key, study
 from dovetail.report.study_recipe import slug
 from dovetail.training.recipe import read_yaml
 
@@ -144,6 +144,19 @@ def test_times_by_race() -> None:
     found["all", 1] = {"metrics": {}, "diverged": "the loss is nan"}
     out = timed(clock, found, (0, 1))
     assert "speedup" not in out["half", 0]["metrics"] and "seconds" in out["half", 0]["metrics"]
+
+
+def test_races_of_some_arms(tmp_path: Path, checkpoint: Path, texts: dict[str, str]) -> None:
+    clock = Clock(races={"r": ("a", "b", "c"), "s": ("d", "e"), "t": ("f", "g")})
+    assert clock.only(["g", "d", "c", "a"]).races == {"r": ("a", "c")}  # of s one is left, and of t not the first
+    with pytest.raises(SpecError, match=r"no race is left of 'e', 'b'(.|\n)*another of it: 'a' and 'b' or 'c'"):
+        clock.only(["e", "b"])
+    arms = [{"name": "all"}, {"name": "slow", "change": {"train.lr": 1e-9}}, {"name": "apart"}]
+    whole = Study.load(asked(tmp_path, checkpoint, texts) | {"arms": arms})
+    part = whole.only(["slow", "all"])
+    assert part.clock == whole.clock and _key(part, part.arms[1], 0) == _key(whole, whole.arms[1], 0)
+    with pytest.raises(SpecError, match="no race is left of 'apart'"):
+        whole.only(["apart"])
 
 
 @pytest.mark.parametrize(

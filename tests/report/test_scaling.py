@@ -96,6 +96,33 @@ def test_measures_once_reports_and_goes_on(apart: bool, tmp_path: Path, monkeypa
     assert again.arms[1].cells[:-1] == linear.cells[:-1] and again.arms[1].cells[-1].seconds
 
 
+def test_a_part_shares_what_it_measured_with_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scalings, "processes", lambda: ThreadPoolExecutor(1))
+    printed = {"source": "a paper", "against": "softmax", "values": {"linear": {16: 1.5}, "by itself": {16: 2.0}}}
+    arms = [*asked(tmp_path)["arms"], {"name": "by itself", "change": {"blocks.mixer.kind": "linear"}}]
+    data = asked(tmp_path, arms=arms, published=printed, at=[8, 16], decode_at=[])
+    whole = Scaling.load(data)
+    part = whole.only(["by itself", "softmax"])
+    assert [arm.name for arm in part.arms] == ["softmax", "by itself"], "in the order of the recipe"
+    assert part.published is not None and part.published.values == {"by itself": {16: 2.0}}
+    assert whole.only(["softmax"]).published is None and whole.only(["linear"]).published is None
+    assert whole.only([]) is whole
+    with pytest.raises(SpecError, match=r"no arm is called 'lstm'\n.*--only\n.*known: by itself, linear, softmax"):
+        scaling(data, only=["lstm"], quiet=True)
+
+    found = scaling(data, only=["by itself", "linear"], quiet=True)
+    assert [arm.name for arm in found.arms] == ["linear", "by itself"] and not found.speeds()
+    assert found.command == "dovetail compare RECIPE --only linear --only 'by itself'"
+    kept = [tmp_path / "out" / "runs" / name / "found.json" for name in ("linear", "by-itself", "softmax")]
+    assert not kept[2].exists()
+    times = [file.stat().st_mtime_ns for file in kept[:2]]
+    every = scaling(data, quiet=True)
+    assert every.arms[1:] == found.arms and len(every.speeds()) == 2
+    times.append(kept[2].stat().st_mtime_ns)
+    assert scaling(data, only=["softmax"], quiet=True).arms == every.arms[:1]
+    assert [file.stat().st_mtime_ns for file in kept] == times  # nothing was measured again
+
+
 def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     # Hashing without chunks compares all with all: 2^44 pairs of 8 bytes are more than a process can address.
     change = {"blocks.mixer": {"kind": "lsh", "heads": 1, "head_dim": 4, "chunk": None, "rounds": 1, "buckets": 2}}

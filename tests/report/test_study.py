@@ -96,6 +96,37 @@ def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeyp
     assert _key(changed, changed.arms[0], 0) != key  # would run anew
 
 
+def test_a_part_of_a_study_shares_its_runs_with_the_whole(tmp_path: Path, checkpoint: Path) -> None:
+    data = asked(tmp_path, checkpoint) | {"seeds": [0], "generate": None}
+    data["arms"].append({"name": "two ranks", "change": {"adapter": {"kind": "lora", "rank": 4}}})
+    data["published"] = [
+        {"metric": "nats", "source": "a table", "values": {"all": 1.0, "LoRA": 2.0}},
+        {"metric": "accuracy", "source": "a plot", "order": [["all"], ["two ranks"], ["LoRA"]]},
+    ]
+    whole, names = Study.load(data), ["two ranks", "LoRA"]
+    part = whole.only(names)
+    assert part.rows == ["LoRA", "two ranks"], "in the order of the recipe"
+    assert [table.compared for table in part.published] == [{"LoRA": 2.0}, {"LoRA": -3.0, "two ranks": -2.0}]
+    assert [table.metric for table in whole.only(["two ranks"]).published] == ["accuracy"] and whole.only([]) is whole
+    with pytest.raises(SpecError, match=r"no arm is called 'LoRa'\n.*--only\n.*did you mean 'LoRA'"):
+        study(data, only=["all", "LoRa"], quiet=True)
+
+    run_here(whole, ("LoRA", 0))
+    run_here(part, ("two ranks", 0))
+    kept = [tmp_path / "out" / "runs" / name / "0" / "found.json" for name in ("lora", "two-ranks", "all")]
+    times = [file.stat().st_mtime_ns for file in kept[:2]]
+    found = study(data, only=names, quiet=True)
+    assert [row.name for row in found.rows] == ["LoRA", "two ranks"] and not kept[2].exists()
+    assert found.command == "dovetail compare RECIPE --only LoRA --only 'two ranks'"
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert "a plot" in text and [arm["name"] for arm in found.recipe["arms"]] == ["LoRA", "two ranks"]
+    run_here(whole.only(["all"]), ("all", 0))
+    times.append(kept[2].stat().st_mtime_ns)
+    found = study(data, quiet=True)
+    assert [row.name for row in found.rows] == ["all", "LoRA", "two ranks"] and "--only" not in found.command
+    assert [file.stat().st_mtime_ns for file in kept] == times  # nothing was run again
+
+
 def test_a_run_goes_on_where_a_sigterm_found_it(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:
     said = Study.load(asked(tmp_path, checkpoint) | {"seeds": [0]})
     run_here(said, ("all", 0))

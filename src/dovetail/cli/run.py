@@ -210,6 +210,10 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Argument(help="path=value ...")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where index.html and report.json go.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, of a recipe whose arms train.")] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Only this arm, of a recipe with `base` or `at`; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run arms side by side (of one model, of one training recipe under `base`, or against lengths `at`): one report."""
@@ -219,12 +223,13 @@ def compare(
 
     result: Any
     if is_study(recipe):
-        result = study(recipe, out=out, overrides=overrides or [], jobs=jobs)
+        result = study(recipe, out=out, overrides=overrides or [], only=only or [], jobs=jobs)
     elif is_scaling(recipe):
         _refuse("a recipe that measures against length", ["--jobs"] if jobs != 1 else [])
-        result = scaling(recipe, out=out, overrides=overrides or [])
+        result = scaling(recipe, out=out, overrides=overrides or [], only=only or [])
     else:
-        _refuse("a recipe whose arms do not train", ["--jobs"] if jobs != 1 else [])
+        given = {"--jobs": jobs != 1, "--only": bool(only)}
+        _refuse("a recipe whose arms do not train", [name for name, said in given.items() if said])
         result = run(recipe, out=out, overrides=overrides or [])
     if as_json:
         print(json.dumps(result.to_dict()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +49,21 @@ class Clock(Section):
     def against(self) -> dict[str, str]:
         """Each arm but the first of a race -> that first one."""
         return {arm: race[0] for race in self.races.values() for arm in race[1:]}
+
+    def only(self, names: Collection[str]) -> Clock:
+        """The races of these arms: of two or more, the first of the race, which says the quality, among them. Raises
+        SpecError where none is left."""
+        races = {name: tuple(arm for arm in race if arm in names) for name, race in self.races.items()}
+        left = {name: race for name, race in races.items() if len(race) > 1 and race[0] == self.races[name][0]}
+        if not left:
+            near = [race for name, race in self.races.items() if races[name]] or list(self.races.values())
+            first, *others = near[0]
+            raise SpecError(
+                f"no race is left of {', '.join(map(repr, names))}",
+                where="clock",
+                remedy=f"name the first arm of a race and another of it: {first!r} and {' or '.join(map(repr, others))}",
+            )
+        return self.model_copy(update={"races": left})
 
     def check(self, recipe: Recipe, arm: str) -> None:
         """Raises SpecError for a run that gives no curve, or no median of its rate."""

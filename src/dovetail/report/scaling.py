@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import pairwise
@@ -33,7 +33,7 @@ from dovetail.report.cost import machine, peak, state_bytes, versions
 from dovetail.report.plain import plain
 from dovetail.report.processes import processes
 from dovetail.report.scaling_page import DECODE, FORWARD, STEP, Cell, Measured, Scaled
-from dovetail.report.study_recipe import slug
+from dovetail.report.study_recipe import chosen, said_only, slug
 from dovetail.report.written import write
 from dovetail.spec import Spec
 from dovetail.spec.spec import validate
@@ -109,6 +109,18 @@ class Scaling(Section):
                 raise ValueError("published speaks of no length in at")
         return self
 
+    def only(self, names: Sequence[str]) -> Scaling:
+        """These arms alone, all where none is named, with what is in print of them, if of the one it is in multiples of.
+        Raises SpecError for a name that no arm has."""
+        if not names:
+            return self
+        kept, printed = chosen(names, [arm.name for arm in self.arms]), self.published
+        values = {} if printed is None else {name: told for name, told in printed.values.items() if name in kept}
+        if printed is not None:
+            printed = printed.model_copy(update={"values": values}) if values and printed.against in kept else None
+        arms = tuple(arm for arm in self.arms if arm.name in kept)
+        return self.model_copy(update={"arms": arms, "published": printed})
+
     def spec(self, arm: Arm) -> Spec:
         """The model of an arm. Raises SpecError naming the arm."""
         said = [f"{path}={json.dumps(value)}" for path, value in arm.change.items()]
@@ -154,17 +166,19 @@ def scaling(
     out: str | Path | None = None,
     overrides: Iterable[str] = (),
     *,
+    only: Sequence[str] = (),
     quiet: bool = False,
 ) -> Scaled:
     """Measures every arm at every length, and writes index.html and report.json into `out`.
 
     Every cell is kept under out/runs as soon as it was measured, and not measured again while recipe, device and versions
     are the same (a kernel that was changed is no other version: remove its arm's folder). What does not fit into memory
-    is said so, and longer lengths of it are left out. Raises SpecError and BuildError for a recipe that does not fit, and
-    RunError, once every other arm was measured, for an arm that failed in another way.
+    is said so, and longer lengths of it are left out. only: names of the arms that are measured and reported, all unless
+    given. Raises SpecError and BuildError for a recipe that does not fit or has no such arm, and RunError, once every other
+    arm was measured, for an arm that failed in another way.
     """
     given = dict(recipe) if isinstance(recipe, Mapping) else recipe
-    asked = given if isinstance(given, Scaling) else Scaling.load(given, overrides)
+    asked = (given if isinstance(given, Scaling) else Scaling.load(given, overrides)).only(only)
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
     target, console = Path(out or asked.out), Console(stderr=True, quiet=quiet)
     bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
@@ -190,7 +204,7 @@ def scaling(
         date=datetime.date.today().isoformat(),
         device=where,
         versions=versions(),
-        command=" ".join(["dovetail compare", source, *overrides]),
+        command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, only)]),
         arms=tuple(_arm(asked, arm, target / "runs" / slug(arm.name) / "found.json") for arm in asked.arms),
         recipe=plain(asked),
     )

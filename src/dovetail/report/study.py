@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from dovetail.report.plain import plain
 from dovetail.report.processes import processes
 from dovetail.report.scores import generate_scores, nearest, questions, score
 from dovetail.report.study_page import Curve, Found, Row
-from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, slug
+from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, said_only, slug
 from dovetail.report.study_recipe import is_study as is_study
 from dovetail.report.written import write
 from dovetail.training import checkpoint
@@ -47,6 +47,7 @@ def study(
     out: str | Path | None = None,
     overrides: Iterable[str] = (),
     *,
+    only: Sequence[str] = (),
     jobs: int = 1,
     quiet: bool = False,
 ) -> Found:
@@ -54,11 +55,12 @@ def study(
 
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
     texts and the questions are the same: an interrupted study goes on where it stood, its trainings where a SIGTERM
-    found them. A training that diverges is kept as that, and no order is claimed of its arm. jobs: runs at a time, each
+    found them. A training that diverges is kept as that, and no order is claimed of its arm. only: names of the arms that
+    are run and reported, all unless given; what their runs found serves the whole study too. jobs: runs at a time, each
     in a process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out).
-    Raises SpecError for a recipe that does not fit, and whatever a run raises.
+    Raises SpecError for a recipe that does not fit or has no such arm, and whatever a run raises.
     """
-    asked = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
+    asked = (recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)).only(only)
     if asked.clock is not None and jobs != 1:
         raise SpecError(
             f"a clock beside {jobs} runs at a time, which take the device from each other",
@@ -118,7 +120,7 @@ def study(
         date=datetime.date.today().isoformat(),
         device=machine(choose(str(asked.base.get("train", {}).get("device", "auto")))),
         versions=versions(),
-        command=" ".join(["dovetail compare", source, *overrides]),
+        command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, only)]),
         seeds=asked.seeds,
         main=asked.claimed,
         titles=asked.titles,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ class Published(Section):
         """The values, or ranks below zero that stand for them: more is better."""
         ranks = {name: -float(i) for i, group in enumerate(self.order, 1) for name in group}
         return self.values or ranks
+
+    def only(self, names: Collection[str]) -> Published:
+        """What it says of these. A group of the order that is then empty stays, and so do the places behind it."""
+        values = {name: value for name, value in self.values.items() if name in names}
+        order = tuple(tuple(name for name in group if name in names) for group in self.order)
+        return self.model_copy(update={"values": values, "order": order})
 
 
 class Study(Section):
@@ -191,6 +198,18 @@ class Study(Section):
         right = {"accuracy": 100 * scores["accuracy"]} if "accuracy" in self.titles else {}
         return {"nats": scores["nats"]} | right
 
+    def only(self, names: Sequence[str]) -> Study:
+        """The study of these arms alone, of all where none is named: the others leave what is in print, and the races.
+        Raises SpecError for a name that no arm has, and where a clock keeps no race."""
+        if not names:
+            return self
+        kept = chosen(names, [arm.name for arm in self.arms])
+        part = self.model_copy(update={"arms": tuple(arm for arm in self.arms if arm.name in kept)})
+        rows = part.rows + ([] if self.ngram is None else [self.ngram.name])
+        tables = tuple(left for table in self.published if (left := table.only(rows)).compared)
+        timed = None if self.clock is None else self.clock.only(kept)
+        return part.model_copy(update={"published": tables, "clock": timed})
+
     def recipe(self, arm: Arm, seed: int) -> Recipe:
         """The training recipe of one run. Raises SpecError naming the arm."""
         said = [f"{path}={json.dumps(value)}" for path, value in arm.change.items()]
@@ -241,6 +260,19 @@ def is_study(recipe: Path) -> bool:
     """Whether a recipe is a study: it has a `base`. Raises SpecError for a file that cannot be read."""
     data = read_yaml(recipe)
     return isinstance(data, dict) and "base" in data
+
+
+def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The known names of arms that are among `names`, in their own order. Raises SpecError for one that is unknown."""
+    for name in names:
+        if name not in known:
+            raise SpecError(f"no arm is called {name!r}", where="--only", remedy=did_you_mean(name, known))
+    return [name for name in known if name in names]
+
+
+def said_only(arms: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """The words of a command that ask for these arms alone: none where no name was given."""
+    return [f"--only {shlex.quote(arm.name)}" for arm in arms] if names else []
 
 
 def slug(name: str) -> str:
