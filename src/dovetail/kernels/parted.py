@@ -19,18 +19,21 @@ def parted(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     an H200 3.4 times as long as reading and writing it takes. On CUDA it is one operation to a compiler.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled() and x.requires_grad and device_type(x) == "cuda":
-        return _Parted.apply(x, tuple(widths))  # type: ignore[no-any-return]
+        return _Parted.apply(x, *x.detach().split(list(widths), -1))  # type: ignore[no-any-return]
     return x.split(list(widths), -1)
 
 
 class _Parted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return x.split(widths, -1)
+    """The parts, whose gradients go to x. They are made outside: what torch 2.11 finds made in a function, it keeps, and
+    does not make again in a checkpointed block."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _together(gradients), None
+    def forward(ctx: Any, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.view_as(part) for part in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _together(gradients), *(None for _ in gradients)
 
 
 @operation("together")
