@@ -22,6 +22,7 @@ CEILINGS = {
     "fp32_matmul_tflops": ("fp32 matmul", "TFLOP/s"),
     "copy_tbs": ("copy", "TB/s"),
 }
+RULES = ("target_ratio", "target_within", "met")  # what the column of targets says
 SHOWN = 60  # pairs in print beyond which a page tells only those that agree and those that contradict by number
 
 
@@ -79,7 +80,7 @@ def result_lines(file: Path, heading: bool = False, kind: str | None = None, abo
     if heading and "orders" in result:
         return lines
     shown = [
-        {key: value for key, value in row.items() if key not in ("target_ratio", "met") and not _nested(value)}
+        {key: value for key, value in row.items() if key not in RULES and not _nested(value)}
         | ({"target": _target(row) + (", met" if row["met"] else "")} if "met" in row else {})
         for row in rows
     ]
@@ -94,13 +95,16 @@ def _target(row: Mapping[str, Any]) -> str:
     """What a row is to reach."""
     wanted = [f"{_number(row['target'])} {_number(row['metric'])}"] if "target" in row else []
     wanted += [f"{_number(row['target_ratio'])}x the peer"] if "target_ratio" in row else []
-    return " and ".join(wanted)
+    peer = f"the peer ({_number(row.get('peer'))})"
+    wanted += [f"within {row['target_within']:.0%} of {peer}"] if "target_within" in row else []
+    return " and ".join(wanted) or f"as near {peer} as its benchmark asks"  # rows older than target_within
 
 
 def _reached(row: Mapping[str, Any]) -> str:
     """What it does, in the same terms."""
     found = [_number(row["ours"])] if "target" in row else []
     found += [f"{_number(row['ratio'])}x"] if "target_ratio" in row else []
+    found += [f"{row['ours'] / row['theirs'] - 1:+.1%}"] if "target_within" in row or not found else []
     return " and ".join(found)
 
 
