@@ -5,9 +5,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dovetail.report.bench_rows import ROOT, ceilings, device_name, interleaved, often, peak_gb, replayed, row, write
+from dovetail.report.bench_rows import (
+    ROOT,
+    captured,
+    ceilings,
+    device_name,
+    interleaved,
+    often,
+    peak_gb,
+    replayed,
+    row,
+    write,
+)
 
-__all__ = ["ROOT", "ceilings", "device_name", "interleaved", "main", "often", "peak_gb", "replayed", "row", "write"]
+__all__ = [
+    "ROOT", "captured", "ceilings", "device_name", "interleaved", "main", "often", "peak_gb", "replayed", "row", "write",
+]  # fmt: skip
 
 
 def main(file: str) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from common import ceilings, interleaved, main, row
+from common import captured, ceilings, interleaved, main, row
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -219,21 +219,6 @@ def decoded() -> None:
     error = _error(logits[1], logits[0].double())
     print(f"a model: {error:.1e}", flush=True)
     assert error < 1e-4, error
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as a CUDA graph; itself where there is no CUDA."""
-    if DEVICE == "cpu":
-        return run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 Way = Callable[[Tensor, Tensor, Tensor, BoundMask], Tensor]  # q, k, v (B,heads,N,D) -> (B,H,1,D)

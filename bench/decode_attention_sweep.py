@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from common import interleaved
-from decode_attention import BF16, CAUSAL, DEVICE, Case, captured, made, queries, state
+from common import captured, interleaved
+from decode_attention import BF16, CAUSAL, DEVICE, Case, made, queries, state
 from torch import Tensor
 from tuning import compiled_choices
 

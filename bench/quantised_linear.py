@@ -20,7 +20,7 @@ if "--tiny" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from common import ceilings, interleaved, main, often, row
+from common import captured, ceilings, interleaved, main, often, replayed, row
 from torch import Tensor
 from torch.nn import functional as F
 from tuning import workers
@@ -101,9 +101,10 @@ def _graphed_and_compiled(width: int, out: int) -> None:
             torch.compiler.reset()
             compiled = torch.compile(lambda x, codes=codes: quantise.linear(x, codes), fullgraph=True, **how)
             assert torch.equal(compiled(x), eager), f"{name}: compiled differs"
-            made = graph([lambda x=x, codes=codes: quantise.linear(x, codes)])
-            made()
-            assert torch.equal(made.results[0], eager), f"{name}: graphed differs"
+            found: list[Tensor] = []
+            replay = captured(lambda x=x, codes=codes, found=found: found.append(quantise.linear(x, codes)))
+            replay()
+            assert torch.equal(found[-1], eager), f"{name}: graphed differs"
     print("compiled and in CUDA graphs: the same bits", flush=True)
 
 
@@ -149,27 +150,9 @@ def _unpacked(codes: Tensor) -> Tensor:
     return torch.stack([codes >> 4, codes & 15], 2).flatten(1)
 
 
-class graph:
-    """Calls one after another, captured once; calling it replays them. Without CUDA, the calls themselves."""
-
-    def __init__(self, calls: list[Call]):
-        self.calls, self.results = calls, [call() for call in calls]
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-            self.made = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.made):
-                self.results = [call() for call in calls]
-
-    def __call__(self) -> None:
-        if DEVICE == "cuda":
-            self.made.replay()
-        else:
-            self.results = [call() for call in self.calls]
-
-
 def microseconds(ways: dict[str, tuple[list[Call], float]], rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
     """{way: (median, spread)} of one call; ways: name -> (calls in turn, bytes of one's weight)."""
-    graphs = {name: graph(calls) for name, (calls, _) in ways.items()}
+    graphs = replayed({name: lambda calls=calls: [call() for call in calls] for name, (calls, _) in ways.items()})
     turns = {name: max(1, 400 // len(calls)) for name, (calls, _) in ways.items()} if DEVICE == "cuda" else {}
     cases = {name: often(run, turns.get(name, 1)) for name, run in graphs.items()}
     found = interleaved(cases, rounds, warmup=2)

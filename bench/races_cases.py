@@ -256,6 +256,16 @@ def vector_product(width: int) -> Run:
     return lambda: [vector.product(x, weight)]
 
 
+def rotary(layout: str, dim: int) -> Run:
+    from dovetail.kernels.rotary import Heads, Turning, operator
+
+    torch.manual_seed(0)
+    heads, angle = Heads(6, 2, 64, 64), torch.randn(1, 100 // SHORT, 1, dim // 2, device=DEVICE)
+    x = torch.randn(2, 100 // SHORT, 640, device=DEVICE).to(NARROW).requires_grad_()
+    turning = Turning(angle.cos().to(NARROW), angle.sin().to(NARROW), layout)
+    return lambda: differentiated(list(operator.turned(x, heads, turning)), [x])
+
+
 def adamw(dtype: torch.dtype, stored: bool) -> Run:
     """Some tiles and a part of one. stored: the rate lies in memory, and gradients are divided by what does."""
     from dovetail.kernels.adamw import Row, triton
@@ -328,6 +338,8 @@ CASES: dict[str, Callable[[], Run]] = {
     "softmax": lambda: softmax(NARROW, 40_000),
     "softmax ragged": lambda: softmax(NARROW, 33_333),
     "softmax fp32": lambda: softmax(FP32, 20_000),
+    "rotary": lambda: rotary("half", 64),
+    "rotary of a part": lambda: rotary("interleaved", 32),
     "vector product": lambda: vector_product(2048),
     "vector product ragged": lambda: vector_product(1000),
     "adamw": lambda: adamw(NARROW, True),

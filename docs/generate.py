@@ -81,7 +81,11 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
         "decoder": {"depth": 2, "blocks": {"cross": {"kind": "attention", "position": "none"}}},
     },
 }
-INCLUDED = ("speculative", "contrastive", "decode_gpu")  # files of docs/results whose tables stand in pages that are written by hand
+INCLUDED = (
+    "speculative",
+    "contrastive",
+    "decode_gpu",
+)  # files of docs/results whose tables stand in pages that are written by hand
 # Files of docs/results whose tables belong on a part's own page.
 MEASURED = {
     ("adapter", "lora"): ("lora_gpu",),

@@ -14,7 +14,9 @@ from dovetail.training.recipe import Recipe
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", ["adapters", "surgery", "speculative", "contrastive", "extrapolation", "training-step"])
+@pytest.mark.parametrize(
+    "page", ["adapters", "surgery", "speculative", "contrastive", "extrapolation", "training-step"]
+)
 def test_the_python_of_a_page_runs_as_one_session(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

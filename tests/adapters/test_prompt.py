@@ -18,6 +18,7 @@ from dovetail.adapters.virtual import flatten
 from dovetail.errors import BuildError, CheckpointError, DataError, RunError, SpecError, UserError
 from dovetail.objectives.next_token import NextToken
 from dovetail.parts.context import Context
+from dovetail.parts.virtual import Virtual
 from oracles import oracle_for
 
 CONFIGS: dict[str, Any] = {
@@ -329,6 +330,9 @@ def test_the_dropout_of_the_lstm_is_for_training() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     model = prompted(decoder())
+    bare: Any = type("Bare", (Virtual,), {})
+    with pytest.raises(TypeError, match="abstract method"):
+        bare()
     with pytest.raises(BuildError, match="not a change of weights"):
         merge(model)
     with pytest.raises(UserError, match="no reparametrisation"):

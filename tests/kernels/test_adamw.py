@@ -188,6 +188,42 @@ def test_the_optimiser_is_torchs(dtype: torch.dtype, limit: float, stepped: list
     assert mine.state_dict()["param_groups"] == torchs.state_dict()["param_groups"]
 
 
+def test_closures_hooks_and_profiles_are_torchs(stepped: list[int]) -> None:
+    """Each once, in torch's order, and hooks before a step change what it reads; gradients are there after it."""
+    drawn = parameters(torch.float32)
+    found = []
+    for cls in (torch.optim.AdamW, AdamW):
+        held = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in drawn]
+        calls, optimizer = [], grouped(cls, held, fused=True)
+
+        def closure(held: list[nn.Parameter] = held, calls: list[str] = calls) -> float:
+            assert torch.is_grad_enabled()
+            calls.append("closure")
+            for p in held:
+                p.grad = torch.ones_like(p)
+            return 1.5
+
+        def before(*_: Any, held: list[nn.Parameter] = held, calls: list[str] = calls) -> None:
+            calls.append("before")
+            for p in held:
+                if p.grad is not None:
+                    p.grad.neg_()
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
+        with torch.no_grad(), torch.autograd.profiler.profile() as profile:
+            assert optimizer.step(closure) == 1.5
+            given = [p.grad for p in held]
+            assert optimizer.step() is None
+        assert all(p.grad is g for p, g in zip(held, given, strict=True))
+        assert calls == ["before", "closure", "after", "before", "after"]
+        names = [event.name for event in profile.function_events if event.name.startswith("Optimizer.step")]
+        found.append((names, held))
+    assert sorted(stepped) == [64, 64, 320, 320] and found[0][0] == found[1][0] == ["Optimizer.step#AdamW.step"] * 2
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
 def test_a_graph_reads_rates_and_counts(stepped: list[int]) -> None:
     """Captured once, it takes the steps that are taken without: each with its rate and its count."""

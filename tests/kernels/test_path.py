@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.kernels.path import follow
+from dovetail.kernels.path import _backward, _follow, follow
 
 
 def plain(start: Tensor, w1: Tensor, u1: Tensor, w2: Tensor, u2: Tensor, step: float) -> Tensor:
@@ -63,6 +63,13 @@ def test_autocast_does_not_narrow_it() -> None:
             assert (a is b is None) or (a.dtype == b.dtype == wide and torch.equal(a, b))
     for name in ("dovetail::path", "dovetail::path_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutocastCUDA")
+
+
+def test_both_directions_are_operations() -> None:
+    start, w1, u1, w2, u2 = given(2)
+    torch.library.opcheck(_follow.op, (start, w1, u1, w2, u2, 0.1))
+    path, read, between = (t.detach() for t in _follow(start, w1, u1, w2, u2, 0.1))
+    torch.library.opcheck(_backward.op, (torch.ones_like(path), w1.detach(), w2.detach(), read, between, 0.1))
 
 
 def test_a_long_path_compiles_as_one_operation() -> None:

@@ -32,7 +32,11 @@ def scale_queries(layer: Any, factor: Tensor) -> Any:
         q, k, v = project(x, ctx)
         return q * factor[:, None, None], k, v
 
-    layer._project = scaled
+    def whole(x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        q, k, v = scaled(x, ctx)
+        return *layer.position.rotate(q, k, ctx.coords, ctx), v, q, k
+
+    layer._project, layer._whole = scaled, whole
     return layer
 
 

@@ -14,7 +14,7 @@ import torch
 
 from dovetail.errors import DataError, RunError, UserError
 from dovetail.report import bench, bench_rows
-from dovetail.report.bench_rows import interleaved, measure_ceilings, row
+from dovetail.report.bench_rows import interleaved, measure_ceilings, replayed, row
 
 Made = Callable[..., bench.Benchmark]
 GOOD = """
@@ -159,6 +159,9 @@ def test_targets_of_either_sort() -> None:
     assert both["met"] and both["cases"] == 3 and both["target"] == 1.0
     assert not row("a", "s", 1.0, 2.0, "peer", smaller=True, target=1.0, target_ratio=2.1)["met"]
     assert not row("a", "s", 1.0, 2.0, "peer", smaller=True, target=0.9, target_ratio=2.0)["met"]
+    for ours, met in ((0.8, False), (0.9, True), (1.1, True), (1.2, False)):
+        assert row("a", "s", ours, 1.0, "average", smaller=True, target_within=0.15)["met"] == met
+    assert not row("a", "s", 1.0, 1.0, "average", smaller=True, target=0.9, target_within=0.15)["met"]
 
 
 def test_cases_take_turns_and_products_are_counted() -> None:
@@ -170,6 +173,28 @@ def test_cases_take_turns_and_products_are_counted() -> None:
     seconds = min(interleaved({str(i): lambda: x @ x for i in range(9)}, rounds=3)[str(i)][0] for i in range(9))
     assert found.fp32_matmul_tflops == pytest.approx(2 * 256**3 / seconds / 1e12, rel=0.9)  # the scale, on any machine
     assert found.copy_tbs > 0
+
+
+def test_what_is_replayed_is_all_queued_where_one_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    cases = {name: lambda name=name: order.append(name) for name in "ab"}
+    if not torch.cuda.is_available():
+        for run in replayed(cases, 2).values():
+            run()
+        assert order == ["a", "a", "b", "b"]
+
+    def refuses(run: Callable[[], Any]) -> Callable[[], Any]:
+        run()
+        if order[-1] == "b":
+            raise RuntimeError("no graph\nof this")
+        return lambda: order.append("graph")
+
+    monkeypatch.setattr(bench_rows, "captured", refuses)
+    kept = replayed(cases, 2)
+    order.clear()
+    for run in kept.values():
+        run()
+    assert order == ["a", "a", "b", "b"]
 
 
 def test_every_script_of_the_folder_is_a_benchmark_or_a_known_tool() -> None:
@@ -192,14 +217,18 @@ def test_the_page_shows_targets_ceilings_and_what_is_not_measured(
         "rows": [
             row("one", "tokens/s", 200.0, 100.0, "peer", target=225) | {"floor": 280.0},
             row("two", "ms", 1.0, 2.0, "peer", smaller=True, target_ratio=1.8),
+            row("three", "ns", 1.2, 1.0, "average", smaller=True, target_within=0.15),
+            row("four", "ns", 0.8, 1.0, "average", smaller=True, met=False),  # as bench/sparse.py once wrote
         ],
     }  # fmt: skip
     (tmp_path / "paged.json").write_text(json.dumps(data))
     made("paged", GOOD), made("unmeasured", GOOD)
     text = page([tmp_path / "paged.json"], bench.benchmarks(folder).values())
-    assert "1 of 2 are met." in text
+    assert "1 of 4 are met." in text
     assert "| [paged](#paged) | one | 225 tokens/s | best reached: 200 |" in text
     assert "| [paged](#paged) | two | 1.8x the peer | met |" in text
+    assert "| three | within 15% of the peer (average) | best reached: +20.0% |" in text
+    assert "| four | as near the peer (average) as its benchmark asks | best reached: -20.0% |" in text
     assert "bf16 matmul 737 TFLOP/s, fp32 matmul 52 TFLOP/s, copy 4.2 TB/s" in text
     assert "| case | metric | ours | peer | theirs | ratio | floor | target |" in text
     assert "| unmeasured | Sums beside sums, of ones. | numpy |" in text and "| paged | Sums" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ def test_a_study_has_them_as_its_rival(checkpoint: Path, data: dict[str, Any], t
         "arms": [{"name": "a"}],
         "seeds": [0],
         "ngram": {"order": 2},
+        "published": [
+            {"metric": metric, "source": "print", "order": [["a"], ["2-gram"]]} for metric in ("nats", "accuracy")
+        ],
         "out": str(tmp_path / "out"),
     }
     said = Study.load(asked)
@@ -122,6 +126,10 @@ def test_a_study_has_them_as_its_rival(checkpoint: Path, data: dict[str, Any], t
     nats, labels = counted.held_out(rows, 6)
     assert found.rival is not None and found.rival.name == "2-gram" and found.rival.metrics == {"nats": (nats, 0.0)}
     assert [(o.first, o.second) for o in found.orders()] == [("a", "2-gram")]
+    twice = replace(found, seeds=(0, 1))  # as if these were means of two seeds
+    assert twice.orders()[0].outcome == "below", "an untrained model is"
+    told = [pair for table in found.tables for pair in twice.against_print(table)]
+    assert told == [("a", "2-gram", "above", "below"), ("a", "2-gram", "above", "unresolved")], "it has no accuracy"
     assert "modified Kneser-Ney" in found.note and f"the same {labels:,} tokens" in found.note
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {(r["peer"], r["theirs"]) for r in report["rows"] if r["metric"] == "nats/token"} == {

@@ -282,7 +282,7 @@ class LayerPrefix(Virtual):
 
     def take(self, source: nn.Module) -> None:
         """Reads from `source` from now on."""
-        self.__dict__["source"] = source  # its parameters stand at the front, not here
+        vars(self)["source"] = source  # its parameters stand at the front, not here
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Keys (P,G,D) and values (P,G,Dv)."""

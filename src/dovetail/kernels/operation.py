@@ -46,6 +46,11 @@ class Operation:
         setup_context(ctx, inputs, output): keeps what that needs. Without them a gradient is refused."""
         self._rule = _rule(self.op, differentiate, setup_context)
 
+    def register_autocast(self, device: str, dtype: torch.dtype) -> None:
+        """Under autocast on a device of that type ("cuda"), floating-point tensors but fp64 become `dtype`, and within it is
+        off."""
+        torch.library.register_autocast(self.op, device, dtype, lib=_LIBRARY)
+
     def _followed(self, *args: Any) -> Any:
         if torch.is_grad_enabled():
             return self._rule.apply(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +15,14 @@ from dovetail.parts.adaptable import ADAPTERS, Adaptable, Adapter
 from dovetail.parts.context import Context, documents
 
 
-class Virtual(Adapter):
+class Virtual(Adapter, ABC):
     """Base of adapters that are `length` virtual tokens."""
 
     length: int
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What the tokens are, (length, ...) each, in fp32: their vectors, or their keys and their values."""
-        raise NotImplementedError
 
 
 class Held(Adapter):

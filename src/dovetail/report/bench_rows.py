@@ -106,27 +106,34 @@ def often(run: Callable[[], Any], times: int) -> Callable[[], None]:
     return many
 
 
-def replayed(cases: Mapping[str, Callable[[], Any]], times: int) -> dict[str, Callable[[], Any]]:
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as a CUDA graph, captured after one call of it; itself where there is no CUDA. Raises RuntimeError for what
+    cannot be captured."""
+    if not torch.cuda.is_available():
+        return run
+    side = _side()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        run()
+    return graph.replay
+
+
+def replayed(cases: Mapping[str, Callable[[], Any]], times: int = 1) -> dict[str, Callable[[], Any]]:
     """Each of `cases` so many times, on CUDA captured as a graph: what is timed is the device, and not the host that
     starts its kernels. `often`, for all of them alike, where there is no CUDA or one cannot be captured."""
-    found: dict[str, Callable[[], Any]] = {name: often(run, times) for name, run in cases.items()}
-    if not torch.cuda.is_available():
-        return found
-    side = torch.cuda.Stream()
-    try:
-        graphs = {}
-        for name, run in found.items():
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                run()
-            torch.cuda.synchronize()
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name], stream=side):
-                run()
-    except RuntimeError as error:
-        print(f"{name} cannot be captured, all are queued: {str(error).splitlines()[0]}", flush=True)  # type: ignore[possibly-undefined]
-        return found
-    return {name: graph.replay for name, graph in graphs.items()}
+    queued: dict[str, Callable[[], Any]] = {name: often(run, times) for name, run in cases.items()}
+    graphs = {}
+    for name, run in queued.items():
+        try:
+            graphs[name] = captured(run)
+        except RuntimeError as error:
+            print(f"{name} cannot be captured, all are queued: {str(error).splitlines()[0]}", flush=True)
+            return queued
+    return graphs
 
 
 def peak_gb(run: Callable[[], Any]) -> float:
@@ -152,13 +159,15 @@ def row(
     smaller: bool = False,
     target: float | None = None,
     target_ratio: float | None = None,
+    target_within: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """One result; ratio is above 1 where ours is better. Of what else there is, spread is the largest less the smallest
     of ours and floor the best that the ceilings allow, both in the metric's unit.
 
     smaller: of the metric, the smaller is the better. target: what ours is to reach, in the metric's unit;
-    target_ratio: what the ratio is to reach. `met` says whether it has.
+    target_ratio: what the ratio is to reach; target_within: what part of the peer's ours may be above or below it, 0.15
+    for 15%. `met` says whether it has.
     """
     ratio = theirs / ours if smaller else ours / theirs
     made = {"case": case, "metric": metric, "ours": ours, "peer": peer, "theirs": theirs, "ratio": round(ratio, 3)}
@@ -166,6 +175,9 @@ def row(
         made |= {"target": target, "met": ours <= target if smaller else ours >= target}
     if target_ratio is not None:
         made |= {"target_ratio": target_ratio, "met": made.get("met", True) and ratio >= target_ratio}
+    if target_within is not None:
+        near = abs(ours / theirs - 1) <= target_within
+        made |= {"target_within": target_within, "met": made.get("met", True) and near}
     return made | more
 
 
@@ -216,6 +228,12 @@ def save(file: str, data: Mapping[str, Any], out: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return folder / file
+
+
+@cache
+def _side() -> torch.cuda.Stream:
+    """One for all captures: what a call needs beforehand is then the same memory again."""
+    return torch.cuda.Stream()
 
 
 def _device() -> str:

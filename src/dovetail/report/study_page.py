@@ -116,10 +116,14 @@ class Found:
         return replace(order(a, b, metric, self.smaller), known=known)
 
     def against_print(self, table: Mapping[str, Any] | None = None) -> list[tuple[str, str, str, str]]:
-        """(arm, arm, what is in print, what is found here) of every pair of a table in print, the first unless given."""
+        """(arm, arm, what is in print, what is found here) of every pair of a table in print, the first unless given.
+
+        The trivial rival is an arm there, too; without the metric it is unresolved here, as any other.
+        """
         if table is None:
             return self.against_print(self.tables[0]) if self.tables else []
-        values, by_name, pairs = table["values"], {row.name: row for row in self.rows}, []
+        by_name = {row.name: row for row in (*self.rows, self.rival) if row is not None}
+        values, pairs = table["values"], []
         for a, b in itertools.combinations(values, 2):
             gap = values[a] - values[b]
             if abs(gap) > table.get("apart", 0):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import reduce
 from typing import Any
@@ -16,6 +17,8 @@ from dovetail.kernels import adamw as kernel
 from dovetail.kernels import twins
 from dovetail.parts.adaptable import Adapter
 from dovetail.parts.weights import Linear, Lookup
+
+_STEP = inspect.unwrap(torch.optim.AdamW.step)  # torch puts hooks around ours, and else would call them twice
 
 
 def adamw(
@@ -70,27 +73,40 @@ class AdamW(torch.optim.AdamW):
     said: torch's own leaves them divided, the kernel as they were.
     """
 
-    def _init_group(  # type: ignore[override]
-        self,
-        group: dict[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        state_steps: list[Tensor],
-    ) -> bool:
-        """Where `step` asks what it is to step in a group: the kernel steps what it serves, the rest is left in the lists."""
-        lists = (params_with_grad, grads, exp_avgs, exp_avg_sqs, state_steps)
-        complex_ones = super()._init_group(group, *lists[:4], max_exp_avg_sqs, state_steps)
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; of a closure, which is called before it, the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            own = [row for group in self.param_groups for row in self._own(group)]
+            for row in own:
+                row.weight.grad = None  # so that torch passes them over
+            try:
+                _STEP(self)
+            finally:
+                for row in own:
+                    row.weight.grad = row.gradient
+        return loss
+
+    def _own(self, group: dict[str, Any]) -> list[kernel.Row]:
+        """Has the kernel step what it serves of a group: its rows."""
         other = group["amsgrad"] or group["maximize"] or any(isinstance(beta, Tensor) for beta in group["betas"])
-        if group["fused"] and not other and getattr(self, "found_inf", None) is None:
-            rows = [kernel.Row(*row) for row in zip(*lists, strict=True)]
-            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            left = kernel.step_(rows, divisor=getattr(self, "grad_scale", None), **how)
-            for i, column in enumerate(lists):
-                column[:] = [row[i] for row in left]
-        return complex_ones
+        if not group["fused"] or other or getattr(self, "found_inf", None) is not None:
+            return []
+        rows = []
+        for p in group["params"]:
+            if p.grad is None or not (self.state[p] or kernel.serves(p, p.grad)):
+                continue
+            state = self.state[p]
+            if not state:  # begun as torch does
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            rows.append(kernel.Row(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        left = {id(row) for row in kernel.step_(rows, divisor=getattr(self, "grad_scale", None), **how)}
+        return [row for row in rows if id(row) not in left]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -74,15 +74,25 @@ def plan(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
     return Plan("triton", "on CUDA: a pass for each large tensor, the small ones together in torch's own")
 
 
-def _serves(row: Row) -> bool:
-    weight, size, device = row.weight, row.weight.numel(), row.weight.device
-    if size < LEAST or size % _UNIT or row.gradient.dtype != weight.dtype:
+def serves(weight: Tensor, gradient: Tensor) -> bool:
+    """Whether the kernel steps a weight, given moments that lie as it does."""
+    size, device = weight.numel(), weight.device
+    if size < LEAST or size % _UNIT or gradient.dtype != weight.dtype:
         return False
     if plan(device_type(weight), weight.dtype).path != "triton":
         return False
-    return row.count.device == device and all(
-        type(t) in _TYPES and t.device == device and t.dtype in _DTYPES and t.is_contiguous() for t in row[:4]
-    )
+    return all(_plain(t, device) for t in (weight, gradient))
 
 
-__all__ = ["LEAST", "Row", "plan", "reference", "step_"]
+def _serves(row: Row) -> bool:
+    device = row.weight.device
+    if not serves(row.weight, row.gradient) or row.count.device != device:
+        return False
+    return all(_plain(t, device) for t in (row.exp_avg, row.exp_avg_sq))
+
+
+def _plain(t: Tensor, device: torch.device) -> bool:
+    return type(t) in _TYPES and t.device == device and t.dtype in _DTYPES and t.is_contiguous()
+
+
+__all__ = ["LEAST", "Row", "plan", "reference", "serves", "step_"]

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dovetail.kernels.chunks import ceil_div
 from dovetail.kernels.operation import operation
@@ -57,12 +58,12 @@ def _product(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
     w = _piece(at, 0, WIDTH, COLUMNS)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        gdc_wait()
     total = w.to(tl.float32) * _piece(x, 0, WIDTH, COLUMNS).to(tl.float32)
     for start in tl.static_range(COLUMNS, WIDTH, COLUMNS):  # type: ignore
         w = _piece(at, start, WIDTH, COLUMNS)

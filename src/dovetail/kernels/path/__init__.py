@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.kernels.operation import operation
+
 
 def follow(start: Tensor, w1: Tensor, u1: Tensor, w2: Tensor, u2: Tensor, step: float) -> Tensor:
     """p before, between and after N steps of length `step`, (N+1,C), from p = start (C,).
@@ -21,7 +23,7 @@ def follow(start: Tensor, w1: Tensor, u1: Tensor, w2: Tensor, u2: Tensor, step: 
     return _follow(start, w1, u1, w2, u2, step)[0]
 
 
-@torch.library.custom_op("dovetail::path", mutates_args=())
+@operation("path")
 def _follow(
     start: Tensor, w1: Tensor, u1: Tensor, w2: Tensor, u2: Tensor, step: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +45,7 @@ def _follow(
     return path, read, between
 
 
-@torch.library.custom_op("dovetail::path_backward", mutates_args=())
+@operation("path_backward")
 def _backward(
     grad: Tensor, w1: Tensor, w2: Tensor, read: Tensor, between: Tensor, step: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dovetail.kernels.attention import (
     attend_regions,
     plan,
 )
-from dovetail.kernels.parted import parted
+from dovetail.kernels.rotary import Heads, turned
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.attention.options import by_name, check_options, plans_of, score_like
 from dovetail.parts.context import Context, refuse_memory
@@ -188,12 +188,9 @@ class AttentionModule(Adaptable):
         if self.cross:
             return self._cross(x, ctx, state, keys, values)
         refuse_memory(keys, values, self.path)
-        q, k, v = self._project(x, ctx)
         if state is None:
-            at = ctx.coords
-            q_raw, k_raw = q, k
-            q, k = self.position.rotate(q, k, at, ctx)
-            return self._finish(q, k, v, q_raw, k_raw, self.rule, at, ctx)
+            return self._finish(*self._whole(x, ctx), self.rule, ctx.coords, ctx)
+        q, k, v = self._project(x, ctx)
         fresh = ctx.once("fresh", lambda: Coords(ctx.side, ctx.side))
         raw = self.position.caches == "raw"
         q_raw = q
@@ -206,14 +203,31 @@ class AttentionModule(Adaptable):
         rule = self.newest[state.timeline.kept] if step.newest else self.rule
         return self._finish(q, k, v, q_raw, k_raw, rule, step.coords, ctx)
 
+    def _whole(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v of whole rows, q and k rotated, and then as they were, which scores ask for."""
+        if self.normed or "embed_qk" in self.position.hooks:
+            q, k, v = self._project(x, ctx)
+        else:  # nothing stands between the product and the rotation
+            y = self.qkv(x)
+            turning = self.position.turning(ctx.coords, y.dtype)
+            if turning is not None:
+                q, k, v = turned(y, Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim), turning)
+                return q, k, v, q, k
+            q, k, v = self._split(y)
+        return *self.position.rotate(q, k, ctx.coords, ctx), v, q, k
+
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         H, G, D = self.heads, self.kv_heads, self.head_dim
         if "embed_qk" in self.position.hooks:
             xq, xk = self.position.embed_qk(x, x, ctx)
             q, k = self.qkv.rows(xq, 0, H * D), self.qkv.rows(xk, H * D, (H + G) * D)
             v = self.qkv.rows(x, (H + G) * D, self.qkv.out_features)
-        else:
-            q, k, v = parted(self.qkv(x), (H * D, G * D, G * self.value_dim))
+            return self._heads(q, H, "q"), self._heads(k, G, "k"), v.unflatten(-1, (G, self.value_dim))
+        return self._split(self.qkv(x))
+
+    def _split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        H, G, D = self.heads, self.kv_heads, self.head_dim
+        q, k, v = y.split([H * D, G * D, G * self.value_dim], dim=-1)
         return self._heads(q, H, "q"), self._heads(k, G, "k"), v.unflatten(-1, (G, self.value_dim))
 
     def _heads(self, x: Tensor, heads: int, which: str) -> Tensor:

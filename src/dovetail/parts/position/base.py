@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import BoundMask, Coords, Region, Score
+from dovetail.kernels.rotary import Turning
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Kept
 from dovetail.parts.state import LayerState, Room
@@ -60,6 +62,10 @@ class PositionModule(nn.Module):
     def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
         """q (B,T,H,D) at `at.q`, k (B,S,G,D) at `at.k`."""
         return q, k
+
+    def turning(self, at: Coords, dtype: torch.dtype) -> Turning | None:
+        """What `rotate` does, where that is to turn pairs of q and k alike, and nothing else; tables in `dtype`."""
+        return None
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         """Terms of the attention score from the raw q (B,T,H,D) and k (B,S,G,D)."""

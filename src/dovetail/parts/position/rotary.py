@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import Coords, Side
 from dovetail.kernels.cos_sin import cos_sin
+from dovetail.kernels.rotary import Turning, turn
 from dovetail.parts.context import Context
 from dovetail.parts.position.base import PositionModule, head_width
 from dovetail.parts.position.scaling import RopeScaling
@@ -92,6 +93,12 @@ class RopeModule(PositionModule):
             turn(k, *self.tables(at.k, k.dtype, ends), self.rope.layout),
         )
 
+    def turning(self, at: Coords, dtype: torch.dtype) -> Turning | None:
+        """At whole rows, whose queries and keys are the same tokens."""
+        if at.q is not at.k:
+            return None
+        return Turning(*self.tables(at.q, dtype, at.k if self.caches == "raw" else None), self.rope.layout)
+
     def tables(self, side: Side, dtype: torch.dtype, ends: Side | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin (B|1,T,1,dim/2) for the positions of a side, computed once a forward for all equal ropes.
 
@@ -125,21 +132,3 @@ class RopeModule(PositionModule):
 def plain_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     """theta^(-2i/dim), i < dim/2, fp32."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "half") -> Tensor:
-    """Rotates the first 2·cos.shape[-1] entries of x (B,T,H,D) pairwise."""
-    dim = 2 * cos.shape[-1]
-    part, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
-    if layout == "half":
-        a, b = part.chunk(2, dim=-1)
-        turned = torch.cat(_turned(a, b, cos, sin), dim=-1)
-    else:
-        a, b = part[..., 0::2], part[..., 1::2]
-        turned = torch.stack(_turned(a, b, cos, sin), dim=-1).flatten(-2)
-    return turned if rest is None else torch.cat((turned, rest), dim=-1)
-
-
-def _turned(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """(a cos - b sin, b cos + a sin), the second product fused with the sum: two kernels less a call."""
-    return torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
