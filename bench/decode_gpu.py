@@ -266,7 +266,8 @@ def attempts(each: Shape, rows: int) -> None:
     prompt, model = prompts(rows, each.sizes["vocab_size"]), ours(each.sizes)
     own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL
     searched = {"coordinate_descent_tuning": not usual.get("coordinate_descent_tuning", False)}
-    without = {option: {k: v for k, v in usual.items() if k != option} for option in usual}
+    searches = "coordinate_descent_tuning"
+    without = {option: {k: v for k, v in usual.items() if k != option} for option in usual if option != searches}
     fused = tuple(kind for kind in own if kind != "decode")
     ways: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
         "as it is": (usual, own, tall),

@@ -191,6 +191,8 @@ def peers(tokens: torch.Tensor) -> Iterator[tuple[str, tuple[float, float, float
                 yield name + liger, timed(lambda whole=whole: theirs(tokens, whole))
             except RuntimeError as error:
                 print(f"skipped: {name}{liger}: {str(error).splitlines()[0]}", flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def predicted(how: Variant) -> float | None:
@@ -206,8 +208,8 @@ def predicted(how: Variant) -> float | None:
 
 
 def measure(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """only: names of variants, all unless given. "compiled" and "eager" stand beside every peer, others beside plain
-    transformers. Ours first: a peer that fails can take the process along."""
+    """only: names of variants, all unless given. "compiled" and "eager" stand beside every peer, others beside the
+    first peer. Ours first: a peer that fails can take the process along."""
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), device=DEVICE)
     flops = flops_per_token(dt.build(SPEC, weights=False), LENGTH, train=True)
     floor = ceilings(DEVICE).bf16_matmul_tflops * 1e12 / flops if not TINY else 0.0
@@ -228,9 +230,11 @@ def measure(only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
             "floor": round(floor), **TARGETS.get(name, {}),
         }  # fmt: skip
         print(mine[name], flush=True)
+    beside = None
     for peer, (other, _, peak, _) in peers(tokens):
+        beside = beside or peer
         for name, found in mine.items():
-            if name in ("compiled", "eager") or peer == "transformers eager":
+            if name in ("compiled", "eager") or peer == beside:
                 yield row(**found, theirs=round(other), peer=peer, peer_peak_gb=round(peak, 1))
 
 

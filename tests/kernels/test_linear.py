@@ -77,7 +77,22 @@ def test_one_vector(rows: int, width: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="chosen on CUDA alone")
 @torch.no_grad()
-def test_a_tall_weight_on_cuda() -> None:
-    x, weight = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 40_000))
-    right = F.linear(x.double(), weight.double())
-    torch.testing.assert_close(linear(x[None], weight)[0].double(), right, rtol=0, atol=0.25)
+def test_a_tall_weight_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter by the kernel; what was made for the call, which may still be written, is torch's."""
+    from dovetail.kernels.linear import vector
+
+    x, made = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 40_000))
+    right, own, taken = F.linear(x.double(), made.double()), vector.product, []
+    monkeypatch.setattr(vector, "product", lambda *given: (taken.append(given), own(*given))[1])
+    for weight in (made, torch.nn.Parameter(made)):
+        assert not taken
+        torch.testing.assert_close(linear(x[None], weight)[0].double(), right, rtol=0, atol=0.25)
+    assert len(taken) == 1
+
+
+@pytest.mark.usefixtures("cores")
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_wrong_width_is_refused(columns: bool) -> None:
+    weight = torch.randn(128, 256).t().contiguous().t() if columns else torch.randn(128, 256)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
+        linear(torch.randn(1, 2, 128), weight)

@@ -16,6 +16,7 @@ from dovetail.kernels import counted, rotary
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.rotary import Heads, Turning, reference
 from dovetail.parts.context import Context
+from dovetail.parts.position.rotary import RopeModule
 from parts.making import make
 
 GPU = torch.cuda.is_available()
@@ -104,9 +105,54 @@ def test_turning_is_what_rotate_does(kind: str) -> None:
     """Of those that say so; what does more than turning, or less, says nothing."""
     module: Any = make("position", kind, head_dim=8, heads=4, kv_heads=2)
     ctx = Context.of(2, 7, torch.device("cpu"))
-    turning = module.turning(ctx.coords, torch.float32)
-    assert (turning is not None) == (kind == "rope")
-    if turning is not None:
+    assert module.turns == (kind == "rope")
+    if module.turns:
+        turning = module.turning(ctx.side, torch.float32)
         q, k = torch.randn(2, 7, 4, module.dim), torch.randn(2, 7, 2, module.dim)
         for one, other in zip(module.rotate(q, k, ctx.coords, ctx), (q, k), strict=True):
             torch.testing.assert_close(one, rotary.turn(other, *turning))
+
+
+def test_a_rotate_of_its_own_is_called() -> None:
+    """A part that inherits from rope and rotates otherwise, without a word about `turning`."""
+
+    class Doubled(RopeModule):
+        def rotate(self, q: Tensor, k: Tensor, at: Any, ctx: Any) -> tuple[Tensor, Tensor]:
+            q, k = super().rotate(q, k, at, ctx)
+            return 2 * q, k
+
+    mixer = make("mixer", {"kind": "attention", "heads": 2, "position": "rope"}, causal=True)
+    x, ctx = torch.randn(1, 6, 16), Context.of(1, 6, torch.device("cpu"))
+    plain = mixer(x, ctx)
+    mixer.position.__class__ = Doubled
+    assert not torch.allclose(mixer(x, ctx), plain)
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="the plan of a GPU, on a CPU")
+def test_eager_models_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped heads, half of each turned, a checkpointed block: the logits and gradients of the plain model."""
+    from dovetail.kernels.rotary import operator, triton
+
+    position = {"kind": "rope", "width": 0.5}
+    blocks = {"mixer": {"kind": "attention", "heads": 2, "kv_heads": 1, "position": position}, "feedforward": None}
+    model = dt.build({"kind": "decoder", "vocab": 17, "dim": 16, "depth": 2, "context": 16, "blocks": blocks}).train()
+    tokens, launched = torch.randint(0, 17, (1, 6)), []
+
+    def run() -> list[Tensor]:
+        logits = model(tokens).logits
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+
+    wanted, turned = run(), triton._turned
+    monkeypatch.setattr(triton, "_turned", lambda *given: (launched.append(given[-1]), turned(*given))[1])
+    monkeypatch.setattr(rotary, "device_type", lambda _: "cuda")
+    for every, forwards in ((0, 2), (1, 4)):
+        model.checkpointing = every
+        launched.clear()
+        torch.testing.assert_close(run(), wanted, rtol=1e-4, atol=1e-5)
+        assert launched.count(1.0) == 2 * forwards and launched.count(-1.0) == 4
+    x = torch.randn(1, 2, 24, requires_grad=True)
+    q = operator.turned(x, Heads(1, 1, 8, 8), Turning(*tables(2, 8, torch.float32)))[0]
+    (once,) = torch.autograd.grad(q.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        torch.autograd.grad(once.sum(), x)

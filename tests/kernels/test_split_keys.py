@@ -149,6 +149,13 @@ def test_what_nobody_sees_is_never_read() -> None:
     assert torch.equal(triton.decode(*tensors, mask, None, SCALE), clean)
 
 
+@pytest.mark.parametrize("B, T, S", [(0, 1, 5), (2, 0, 5), (2, 1, 0)])
+def test_nothing_asked_is_nothing(B: int, T: int, S: int) -> None:
+    q, k = torch.randn(B, 4, T, 16, device=DEVICE), torch.randn(B, 2, S, 16, device=DEVICE)
+    out, lse = few_queries.attend(q, k, k, None, triton._span(None) or pytest.fail("no span"), SCALE)
+    assert out.shape == (B, 4, T, 16) and lse.shape == (B, 4, T) and (out == 0).all()
+
+
 def test_splits_fill_the_device_and_no_more() -> None:
     divided, slots = split_keys.divided, 264
     for programs, tiles in (

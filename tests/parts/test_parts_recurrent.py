@@ -113,6 +113,14 @@ def test_rows_longer_than_the_library_counts(kind: str, bidirectional: bool, mon
             torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-12)
 
 
+def test_no_rows_are_no_rows() -> None:
+    assert pair("lstm")[0](torch.zeros(0, 5, 16, dtype=torch.float64), Context.of(0, 5, torch.device("cpu"))).shape == (
+        0,
+        5,
+        16,
+    )
+
+
 def test_the_start_is_torchs_and_the_forget_bias_is_what_is_asked() -> None:
     lstm = make("mixer", "lstm", dim=64)
     for weight in lstm.parameters():

@@ -8,10 +8,11 @@ are added. Measured on two cores in fp32: 1.7 to 2.0 times the whole product, fr
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.kernels import twins
+from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.installed import TRITON
 
 _LEAST = 64  # columns worth a core
@@ -21,6 +22,8 @@ _TALL = 32_768  # rows that keep every multiprocessor of a GPU reading
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., I), W (O,I), b (O) -> (..., O)."""
     width = weight.shape[1]
+    if x.shape[-1] != width:
+        return F.linear(x, weight, bias)  # which says what is wrong
     if _tall(x, weight, bias):
         from dovetail.kernels.linear import vector
 
@@ -35,10 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _tall(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if x.device.type != "cuda" or x.numel() != weight.shape[1] or weight.shape[0] < _TALL or bias is not None:
+    """Whether `vector` serves it: a weight that stands, as the kernel asks, and no copy made for this call."""
+    if weight.shape[0] < _TALL or x.device.type != "cuda" or x.numel() != weight.shape[1] or bias is not None:
         return False
-    fits = x.dtype == weight.dtype and x.dtype != torch.float64 and weight.stride(1) == 1
-    return TRITON and fits and not twins.asked() and not torch.is_grad_enabled()
+    fits = isinstance(weight, nn.Parameter) and x.dtype == weight.dtype and weight.stride(1) == 1
+    return (
+        TRITON and fits and x.dtype != torch.float64 and not (twins.asked() or torch.is_grad_enabled() or autocasts(x))
+    )
 
 
 def _threads() -> int:

@@ -34,7 +34,10 @@ OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >=
 
 @operation("vector_product")
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """W x (O,) of x (I,), contiguous, and W (O,I), whose rows are, in their type; summed in fp32."""
+    """W x (O,) of x (I,), contiguous, and W (O,I), whose rows are, in their type; summed in fp32.
+
+    W is read while kernels before may still run: none of them may be writing it.
+    """
     rows, width = weight.shape
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     columns = min(LAUNCH.columns, triton.next_power_of_2(width))
@@ -57,13 +60,12 @@ def _product(  # type: ignore[no-untyped-def]
     x, weight, y, rows, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
     w = _piece(at, 0, WIDTH, COLUMNS)
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()  # behind the wait: what comes next may read what a kernel before this one wrote
     total = w.to(tl.float32) * _piece(x, 0, WIDTH, COLUMNS).to(tl.float32)
     for start in tl.static_range(COLUMNS, WIDTH, COLUMNS):  # type: ignore
         w = _piece(at, start, WIDTH, COLUMNS)

@@ -1,4 +1,4 @@
-"""RoPE on a GPU: one pass over queries and keys each way, in fp32 between a read and a write.
+"""RoPE on a GPU: a launch for queries and one for keys each way, in fp32 between a read and a write.
 
 Counted for 16,384 tokens of 32 heads of queries and 8 of keys and of values, 64 wide, in bf16 on one H200 (4.2 TB/s for
 copies): forward reads and writes 84 MB, 40 µs; backward, with the values' gradient beside, 101 MB, 48 µs.

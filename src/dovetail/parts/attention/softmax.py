@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
+from dovetail.kernels import rotary
 from dovetail.kernels.attention import (
     Ahead,
     BoundMask,
@@ -21,7 +22,7 @@ from dovetail.kernels.attention import (
     attend_regions,
     plan,
 )
-from dovetail.kernels.rotary import Heads, turned
+from dovetail.kernels.rotary import Heads
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.attention.options import by_name, check_options, plans_of, score_like
 from dovetail.parts.context import Context, refuse_memory
@@ -209,9 +210,9 @@ class AttentionModule(Adaptable):
             q, k, v = self._project(x, ctx)
         else:  # nothing stands between the product and the rotation
             y = self.qkv(x)
-            turning = self.position.turning(ctx.coords, y.dtype)
-            if turning is not None:
-                q, k, v = turned(y, Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim), turning)
+            if self.position.turns:
+                heads = Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim)
+                q, k, v = rotary.turned(y, heads, self.position.turning(ctx.side, y.dtype))
                 return q, k, v, q, k
             q, k, v = self._split(y)
         return *self.position.rotate(q, k, ctx.coords, ctx), v, q, k
@@ -325,7 +326,10 @@ class AttentionModule(Adaptable):
 
         if self.cross:
             return {"cross": chosen(Context.of(1, length, torch.device("meta")), Full(), length)}
-        return plans_of(length, self.rule, self.newest[self.kept] if self.causal else None, chosen)
+        found = plans_of(length, self.rule, self.newest[self.kept] if self.causal else None, chosen)
+        if self.position.turns and not self.normed:
+            found["positions"] = rotary.plan(device, self.out.dtype)
+        return found
 
     def project(self, x: Tensor, which: Literal["query", "key"]) -> Tensor:
         """The mixer's own map on other vectors (R,C) -> (R,heads,D): DeBERTa's shared projections."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import BoundMask, Coords, Region, Score
+from dovetail.kernels.attention import BoundMask, Coords, Region, Score, Side
 from dovetail.kernels.rotary import Turning
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Kept
@@ -63,9 +63,14 @@ class PositionModule(nn.Module):
         """q (B,T,H,D) at `at.q`, k (B,S,G,D) at `at.k`."""
         return q, k
 
-    def turning(self, at: Coords, dtype: torch.dtype) -> Turning | None:
-        """What `rotate` does, where that is to turn pairs of q and k alike, and nothing else; tables in `dtype`."""
-        return None
+    @property
+    def turns(self) -> bool:
+        """Whether `rotate` is to turn pairs of q and k alike, and nothing else, which `turning` then says."""
+        return False
+
+    def turning(self, side: Side, dtype: torch.dtype) -> Turning:
+        """What `rotate` does to queries and keys of one side, where it `turns`; tables in `dtype`."""
+        raise BuildError(f"{type(self).__name__} does not turn queries and keys", remedy="ask whether it `turns`")
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         """Terms of the attention score from the raw q (B,T,H,D) and k (B,S,G,D)."""

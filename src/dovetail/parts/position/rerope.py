@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import BoundMask, Coords, Region, Score, Side
-from dovetail.kernels.rotary import Turning, turn
+from dovetail.kernels.rotary import turn
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Beyond, Kept, Mask, Window, interned
 from dovetail.parts.position.base import refuse_cross
@@ -146,9 +146,6 @@ class NearAndFarModule(RopeModule):
 
     def rotate(self, q: Tensor, k: Tensor, at: Coords, ctx: Context) -> tuple[Tensor, Tensor]:
         return q, k
-
-    def turning(self, at: Coords, dtype: torch.dtype) -> Turning | None:
-        return None  # regions turn
 
     def regions(
         self, q: Tensor, k: Tensor, v: Tensor, mask: BoundMask, score: Score | None, ctx: Context

@@ -93,11 +93,12 @@ class RopeModule(PositionModule):
             turn(k, *self.tables(at.k, k.dtype, ends), self.rope.layout),
         )
 
-    def turning(self, at: Coords, dtype: torch.dtype) -> Turning | None:
-        """At whole rows, whose queries and keys are the same tokens."""
-        if at.q is not at.k:
-            return None
-        return Turning(*self.tables(at.q, dtype, at.k if self.caches == "raw" else None), self.rope.layout)
+    @property
+    def turns(self) -> bool:
+        return type(self).rotate is RopeModule.rotate  # and not that of a part of another kind
+
+    def turning(self, side: Side, dtype: torch.dtype) -> Turning:
+        return Turning(*self.tables(side, dtype, side if self.caches == "raw" else None), self.rope.layout)
 
     def tables(self, side: Side, dtype: torch.dtype, ends: Side | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin (B|1,T,1,dim/2) for the positions of a side, computed once a forward for all equal ropes.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dovetail.errors import BuildError, DataError
 from dovetail.kernels.attention import Coords, Side
-from dovetail.kernels.rotary import Turning
 from dovetail.parts.context import Context
 from dovetail.parts.position.rotary import Rope, RopeModule
 from dovetail.spec import Slot, register
@@ -57,9 +56,6 @@ class XPosModule(RopeModule):
         q, k = super().rotate(q, k, at, ctx)
         up, down = self._factors(at, q.dtype)
         return self._times(q, up), self._times(k, down)
-
-    def turning(self, at: Coords, dtype: torch.dtype) -> Turning | None:
-        return None  # queries and keys are scaled too
 
     def _check(self, q: Tensor) -> None:
         """Raises DataError where the largest factor between two queries would leave the range of their type.

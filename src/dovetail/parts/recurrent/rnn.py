@@ -160,10 +160,11 @@ class RecurrentModule(nn.RNNBase):
 
     def _run(self, x: Tensor, alive: Tensor | None, start: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Rows (B,T,C), or packed data (N,C) with `alive` documents at each time; start (1|2,B,hidden) each."""
-        longest, most = x.shape[1] if alive is None else len(alive), _LONGEST.get(x.device.type, x.numel())
+        longest = x.shape[1] if alive is None else len(alive)
+        most = _LONGEST.get(x.device.type, longest)
         if longest <= most:
             return self._fused(x, alive, start)
-        if self.bidirectional:
+        if self.bidirectional:  # torch's own cells, step by step
             with torch.backends.cudnn.flags(enabled=False):
                 return self._fused(x, alive, start)
         outs, last, read = [], tuple(start), 0

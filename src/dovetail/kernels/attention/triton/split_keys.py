@@ -71,31 +71,33 @@ def _places(order, segment, row, n, real, order_step, segment_step, APART: tl.co
     return i, of
 
 
-@triton.jit(do_not_specialize=["T", "S", "before", "after", "sinks", "q_step", "q_of_step", "k_step", "k_of_step"])
+@triton.jit(
+    do_not_specialize=["blocks", "T", "S", "before", "after", "sinks", "q_step", "q_of_step", "k_step", "k_of_step"]
+)
 def ranges(  # type: ignore[no-untyped-def]
-    found, q_order, q_segment, k_order, k_segment, q_step, q_of_step, k_step, k_of_step, T, S, before, after, sinks,
+    found, q_order, q_segment, k_order, k_segment, q_step, q_of_step, k_step, k_of_step, blocks, T, S, before, after, sinks,
     QUERIES: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr,
     APART: tl.constexpr,
 ):  # fmt: skip
     """found (rows,blocks,2): the first of a block's keys that some query sees, and one past the last; S and 0 for none."""
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     m, n = tl.arange(0, QUERIES), block * BLOCK + tl.arange(0, BLOCK)
     i, of_i = _places(q_order, q_segment, row, m, m < T, q_step, q_of_step, APART)
     j, of_j = _places(k_order, k_segment, row, n, n < S, k_step, k_of_step, APART)
     shown = seen(i[:, None], j[None, :], of_i[:, None], of_j[None, :], before, after, sinks, BACK, AHEAD, SINKS, APART)
     shown = tl.max((shown & (m < T)[:, None]).to(tl.int32), 0) > 0
-    at = found + (row * tl.num_programs(0) + block) * 2
+    at = found + (row * blocks + block) * 2
     tl.store(at, tl.min(tl.where(shown, n, S), 0))
     tl.store(at + 1, tl.max(tl.where(shown, n + 1, 0), 0))
 
 
 @triton.jit(
-    do_not_specialize=["S", "splits", "blocks", "range_step", "before", "after", "sinks", "q_step", "q_of_step", "k_step", "k_of_step"]
+    do_not_specialize=["S", "splits", "blocks", "each", "rows", "range_step", "before", "after", "sinks", "q_step", "q_of_step", "k_step", "k_of_step"]
 )  # fmt: skip
 def attend(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, found, q_order, q_segment, k_order, k_segment,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
-    q_step, q_of_step, k_step, k_of_step, range_step, blocks, groups, T, S, splits, scale, cap, before, after, sinks,
+    q_step, q_of_step, k_step, k_of_step, range_step, blocks, each, rows, groups, T, S, splits, scale, cap, before, after, sinks,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, E: tl.constexpr,
     SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, BLOCKS: tl.constexpr, PARTIAL: tl.constexpr, PLACED: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, APART: tl.constexpr, CAP: tl.constexpr,
@@ -108,8 +110,8 @@ def attend(  # type: ignore[no-untyped-def]
     scale: with log2(e), or as cap has that, divided by the cap. A key is D numbers and REST more; SHARED: the first D
     are its value, as those of latents are (DeepSeek-AI 2024, section 2.1).
     """
-    group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
-    split, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    within, row, split = tl.program_id(0) % each, (tl.program_id(0) // each).to(tl.int64), tl.program_id(1)
+    group, block = within % groups, within // groups
     r = block * ROWS + tl.arange(0, ROWS)
     real, head, token = r < FAN * T, group * FAN + r // T, r % T
     d, e, column = tl.arange(0, D), tl.arange(0, E), tl.arange(0, COLUMNS)
@@ -170,7 +172,7 @@ def attend(  # type: ignore[no-untyped-def]
 
     some = total > 0
     total = tl.where(some, total, 1.0)
-    at = ((split * tl.num_programs(2) + row) * T + token) * (groups * FAN) + head
+    at = ((split * rows + row) * T + token) * (groups * FAN) + head
     tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453, mask=real)
     written = real & some if PARTIAL else real
     tl.store(
@@ -223,8 +225,8 @@ def shown(sides: Sides, span: Span) -> Tensor:
     tensors, steps = sides.given()
     found = sides.k_order.new_empty(rows, ceil_div(S, BLOCK), 2, dtype=torch.int32)
     with torch.cuda.device_of(sides.k_order):
-        ranges[(found.shape[1], rows)](
-            found, *tensors, *steps, T, S, span.before or 0, span.after or 0, span.sinks,
+        ranges[(found.shape[1] * rows,)](
+            found, *tensors, *steps, found.shape[1], T, S, span.before or 0, span.after or 0, span.sinks,
             QUERIES=1 << (T - 1).bit_length(), BLOCK=BLOCK, **_bounds(span, sides),
         )  # fmt: skip
     return found
@@ -246,6 +248,9 @@ def forward(
     where every query sees every key. cap: scores are cap·tanh(scale·qk / cap).
     """
     (B, H, T, width), (G, S), values = q.shape, k.shape[1:3], v.shape[3]
+    if not q.numel():
+        empty = q.new_empty(B, T, H, values), q.new_empty(B, T, H, dtype=torch.float32)
+        return empty[0].transpose(1, 2), empty[1].transpose(1, 2)
     (D, rest), E, fan = parts(width), padded(values), H // G
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     tile = (WIDE if q.dtype == torch.float32 else NARROW if roomy(q.device) else SMALL)[max(64, D, E)]
@@ -259,9 +264,9 @@ def forward(
     tensors, steps = ((None,) * 4, (0,) * 4) if sides is None else sides.given()
     step = 0 if found is None or found.shape[0] == 1 else found.stride(0)
     with torch.cuda.device_of(q):
-        attend[(programs // B, splits, B)](
+        attend[(programs, splits)](  # rows in the first axis: the others end at 65,535
             q, k, v, part, level, found, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps,
-            step, 0 if found is None else found.shape[1], G, T, S, splits,
+            step, 0 if found is None else found.shape[1], programs // B, B, G, T, S, splits,
             scale / cap if cap else scale * LOG2E, (cap or 0.0) * LOG2E,
             span.before or 0, span.after or 0, span.sinks, WIDTH=width, VALUES=values, D=D, REST=rest, E=E,
             SHARED=shared, ROWS=rows, COLUMNS=tile.columns, FAN=fan, BLOCKS=BLOCKS, PARTIAL=splits > 1, PLACED=sides is not None,
