@@ -156,4 +156,4 @@ def test_what_writes_or_scores_texts_refuses_an_encoder() -> None:
         dt.generate(model, None, torch.zeros(1, 4, dtype=torch.long), max_new_tokens=2)
     with pytest.raises(UserError, match="'encoder' is not measured"):
         check_model(model)
-    assert set(model.blocks[0].mixer.plans("cpu", 32)) == {"training, prefill", "padded or packed"}
+    assert set(model.blocks[0].mixer.plans("cpu", 32)) == {"training, prefill", "padded or packed", "positions"}
