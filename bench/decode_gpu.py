@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from common import ceilings, main, row
@@ -29,7 +30,8 @@ import dovetail as dt
 from dovetail.errors import RunError
 from dovetail.kernels import linear
 from dovetail.kernels.attention import triton
-from dovetail.sampling import Captured, Sampling
+from dovetail.kernels.linear import beside
+from dovetail.sampling import Captured, Sampling, captured
 from dovetail.sampling.captured import tuned
 from dovetail.sampling.decode import Decoding
 
@@ -272,6 +274,7 @@ def attempts(each: Shape, rows: int) -> None:
     ways: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
         "as it is": (usual, own, tall),
         "own products": (usual, own, 1),
+        "own products, nothing beside them": (usual, own, 1),
         f"own products, {searched}": (usual | searched, own, 1),
         f"{searched}": (usual | searched, own, tall),
         **{f"without {option}": (left, own, tall) for option, left in without.items()},
@@ -281,6 +284,7 @@ def attempts(each: Shape, rows: int) -> None:
     for name, (options, kernels, rows_from) in ways.items():
         with skipped(name):
             triton.OWN, linear._TALL = kernels, rows_from
+            captured.beside = mock.Mock() if name.endswith("nothing beside them") else beside
             start = time.perf_counter()
             runner = Captured(model, rows, PROMPT + NEW, options=options)
             run = begun(model, prompt, runner)
@@ -288,7 +292,7 @@ def attempts(each: Shape, rows: int) -> None:
             alone = statistics.median(seconds(lambda run=run: [run.step() for _ in range(64)], 3)) / 64
             print(f"{each.name} B{rows}: a step {1e6 * alone:.0f} us, compiled in {first:.0f} s: {name}", flush=True)
         torch.compiler.reset()
-    triton.OWN, linear._TALL = own, tall
+    triton.OWN, linear._TALL, captured.beside = own, tall, beside
 
 
 def asked(names: Sequence[str]) -> Iterator[tuple[Shape, int]]:

@@ -252,8 +252,14 @@ def vector_product(width: int) -> Run:
     from dovetail.kernels.linear import vector
 
     torch.manual_seed(0)
-    x, weight = (torch.randn(n, width, device=DEVICE).to(NARROW).squeeze(0) for n in (1, 100))
-    return lambda: [vector.product(x, weight)]
+    x, scale, weight = (torch.randn(n, width, device=DEVICE).to(NARROW).squeeze(0) for n in (1, 1, 100))
+    residual = torch.randn(100, device=DEVICE).to(NARROW)
+
+    def run() -> list[Tensor]:
+        added = vector.step(x, weight, None, 0.0, None, residual)
+        return [vector.product(x, weight), added, vector.step(x, weight, scale, 1e-5, "silu", None)]
+
+    return run
 
 
 def rotary(layout: str, dim: int) -> Run:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import RunError, UserError
+from dovetail.kernels.installed import TRITON
+from dovetail.kernels.linear import beside
 from dovetail.parts.state import State
 from dovetail.sampling import limits
 from dovetail.sampling.decode import prefilled
@@ -90,6 +92,8 @@ class Captured:
         from torch._dynamo import lookup_backend
 
         self.compilations += 1
+        if self.device.type == "cuda" and self.rows == 1 and TRITON:
+            beside.take_in(graph)
         options = {"config_patches": self.options} if self.backend == "inductor" else {}
         return lookup_backend(self.backend)(graph, inputs, **options)
 
