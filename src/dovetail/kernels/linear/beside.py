@@ -104,7 +104,7 @@ def _added(shaped: fx.Node, product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     total = _only_user(shaped)
     one, two = _pair(total, operator.add)
     other = two if one is shaped else one
-    if total is None or not isinstance(other, fx.Node) or not _like(other, product):
+    if total is None or other is shaped or not isinstance(other, fx.Node) or not _like(other, product):
         return None
     return (total, other) if _value(other).shape == _value(shaped).shape else None
 
