@@ -278,6 +278,7 @@ def attempts(each: Shape, rows: int) -> None:
         f"own products, {searched}": (usual | searched, own, 1),
         f"{searched}": (usual | searched, own, tall),
         **{f"without {option}": (left, own, tall) for option, left in without.items()},
+        "launches overlap": (usual | {"triton.enable_pdl": True}, own, tall),
         "without split keys": (usual, fused, tall),
         "without any": ({}, fused, 2**31),
     }
