@@ -256,8 +256,8 @@ def vector_product(width: int) -> Run:
     residual = torch.randn(100, device=DEVICE).to(NARROW)
 
     def run() -> list[Tensor]:
-        added = vector.step(x, weight, None, 0.0, None, residual)
-        return [vector.product(x, weight), added, vector.step(x, weight, scale, 1e-5, "silu", None)]
+        added = vector.step(x, weight, None, 0.0, None, residual, False)
+        return [vector.product(x, weight), added, vector.step(x, weight, scale, 1e-5, "silu", None, True)]
 
     return run
 

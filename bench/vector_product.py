@@ -66,7 +66,7 @@ def formula(each: Map, x: Tensor, scale: Tensor, residual: Tensor) -> Call:
 def ours(each: Map, x: Tensor, scale: Tensor, residual: Tensor) -> Call:
     how = (
         scale if each.beside in ("norm", "gate") else None, EPS, "silu" if each.beside == "gate" else None,
-        residual if each.beside == "sum" else None,
+        residual if each.beside == "sum" else None, True,
     )  # fmt: skip
     return lambda w: vector.step(x, w, *how)
 

@@ -39,7 +39,7 @@ def test_the_operation_is_its_formula(normed: bool, activation: str | None, widt
         right = weight.double() @ wide
         right = right if activation is None else reference.gated(right, activation)
         right = right if residual is None else right + residual.double()
-        found = vector.step(x, weight, scale, 1e-3, activation, residual)
+        found = vector.step(x, weight, scale, 1e-3, activation, residual, True)
         rounded = 4 * torch.finfo(dtype).eps * max(1.0, float(right.abs().max()))
         torch.testing.assert_close(found.double(), right, rtol=0, atol=rounded)
 

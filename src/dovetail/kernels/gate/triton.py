@@ -76,7 +76,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     stride, h = stride * UNIT, h * UNIT
     i, j, inside, gate, up = _tile(both, rows, stride, h, ROWS, COLUMNS)
-    act, _ = _act(gate, ACTIVATION)
+    act, _ = activated(gate, ACTIVATION)
     tl.store(out + i * h + j, (act * up).to(out.dtype.element_ty), mask=inside)
 
 
@@ -88,7 +88,7 @@ def _backward(  # type: ignore[no-untyped-def]
     stride, h = stride * UNIT, h * UNIT
     i, j, inside, gate, up = _tile(both, rows, stride, h, ROWS, COLUMNS)
     d = tl.load(d_out + i * h + j, mask=inside, other=0.0).to(tl.float32)
-    act, slope = _act(gate, ACTIVATION)
+    act, slope = activated(gate, ACTIVATION)
     to = d_both + i * (2 * h) + j
     tl.store(to, (d * (slope * up)).to(d_both.dtype.element_ty), mask=inside)
     tl.store(to + h, (d * act).to(d_both.dtype.element_ty), mask=inside)
@@ -109,7 +109,7 @@ def _tile(both, rows, stride, h, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # 
 
 
 @triton.jit
-def _act(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def activated(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """act(x) and act'(x), which no finite x makes infinite or NaN where they are not."""
     if ACTIVATION == "silu":
         share, rest = _shares(x)

@@ -1,5 +1,5 @@
 """A compiled step of one row, whose products with a vector take in what stands beside them: the RMS norm before a product,
-the gate over its halves, the sum with the residual stream.
+the gate over its halves, the sum with the residual stream. And they read their weights early: no step writes any.
 
 Works on the graph that torch.compile has traced, before anything is lowered: there a norm is its formula and a gate its
 activation. What does not match is left as it is, to the compiler.
@@ -27,6 +27,7 @@ def take_in(graph: fx.GraphModule) -> int:
     for node in [n for n in graph.graph.nodes if n.target is vector.step.op]:
         flat, weight, *others = node.args
         shaped = _only_user(node)
+        node.args = (*node.args[:-1], True)
         if any(others) or not _calls(flat, "reshape") or not _calls(shaped, "view"):
             continue
         last, x, more = shaped, flat.args[0], [None, 0.0, None, None]
@@ -43,7 +44,7 @@ def take_in(graph: fx.GraphModule) -> int:
         taken += sum(m is not None for m in (more[0], *more[2:]))
         with graph.graph.inserting_before(last):
             given = graph.graph.call_method("reshape", (x, -1))
-            made = graph.graph.call_function(vector.step.op, (given, weight, *more))
+            made = graph.graph.call_function(vector.step.op, (given, weight, *more, True))
             out = graph.graph.call_method("view", (made, *shaped.args[1:]))
         out.meta = dict(last.meta)
         last.replace_all_uses_with(out)

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dovetail.kernels.chunks import ceil_div
-from dovetail.kernels.gate.triton import _act
+from dovetail.kernels.gate.triton import activated
 from dovetail.kernels.operation import operation
 
 
@@ -32,33 +32,35 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch(2, 2048, 4)
-# On Hopper and later a program starts while the kernel before is ending, and waits with W in its registers for x alone.
-OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+# Where a program may start while the kernel before is ending, and wait with W in its registers for x alone.
+OVERLAPS = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """W x (O,) of x (I,), contiguous, and W (O,I), whose rows are, in their type; summed in fp32.
-
-    W is read while kernels before may still run: none of them may be writing it.
-    """
-    return step(x, weight, None, 0.0, None, None)  # type: ignore[no-any-return]
+    """W x (O,) of x (I,), contiguous, and W (O,I), whose rows are, in their type; summed in fp32."""
+    return step(x, weight, None, 0.0, None, None, False)  # type: ignore[no-any-return]
 
 
 @operation("vector_product")
 def step(
-    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, activation: str | None, residual: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, activation: str | None, residual: Tensor | None,
+    early: bool,
+) -> Tensor:  # fmt: skip
     """act(g) · u + residual, of g|u = W (x / √(mean x² + eps) · scale), rounded once. No norm without `scale` (I,), no gate
-    without `activation` (of kernels.gate, and W (2·O,I)), nothing added without `residual` (O,)."""
+    without `activation` (of kernels.gate, and W (2·O,I)), nothing added without `residual` (O,).
+
+    early: on Hopper and later W is read while the kernel before may still run, which must not be writing it.
+    """
     rows, width = weight.shape[0] // (1 if activation is None else 2), weight.shape[1]
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     columns = min(LAUNCH.columns, triton.next_power_of_2(width))
     each = max(1, LAUNCH.rows // (1 if activation is None else 2))
     kernel: Any = _step  # a launch takes more than its signature says
-    more = {"launch_pdl": True} if OVERLAP else {}
+    early = early and OVERLAPS
+    more = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
         kernel[(ceil_div(rows, each),)](
-            x, weight, y, scale, residual, eps, rows, weight.stride(0), width, each, columns, activation or "", OVERLAP,
+            x, weight, y, scale, residual, eps, rows, weight.stride(0), width, each, columns, activation or "", early,
             num_warps=LAUNCH.warps, **more,
         )  # fmt: skip
     return y
@@ -66,23 +68,25 @@ def step(
 
 @step.register_fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, activation: str | None, residual: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, activation: str | None, residual: Tensor | None,
+    early: bool,
+) -> Tensor:  # fmt: skip
     return x.new_empty(weight.shape[0] // (1 if activation is None else 2))
 
 
 @triton.jit
 def _step(  # type: ignore[no-untyped-def]
     x, weight, y, scale, residual, eps, rows, stride,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATE: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = weight + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * stride
-    beside = at + rows.to(tl.int64) * stride  # a gate's other half
+    beside = at
     w = _piece(at, 0, WIDTH, COLUMNS)
     if GATE != "":
+        beside = at + tl.cast(rows, tl.int64) * stride  # the other half
         u = _piece(beside, 0, WIDTH, COLUMNS)
-    if OVERLAP:
+    if EARLY:
         gdc_wait()
         gdc_launch_dependents()  # behind the wait: what comes next may read what a kernel before this one wrote
     v = _piece(x, 0, WIDTH, COLUMNS).to(tl.float32)
@@ -107,7 +111,7 @@ def _step(  # type: ignore[no-untyped-def]
         factor = 1.0 / tl.sqrt(tl.sum(squares, 1) / WIDTH + eps)
         out *= factor
     if GATE != "":
-        act, _ = _act(out, GATE)
+        act, _ = activated(out, GATE)
         up = tl.sum(other, 1)
         if scale is not None:
             up *= factor  # type: ignore[possibly-undefined]

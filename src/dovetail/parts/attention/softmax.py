@@ -210,7 +210,7 @@ class AttentionModule(Adaptable):
             q, k, v = self._project(x, ctx)
         else:  # nothing stands between the product and the rotation
             y = self.qkv(x)
-            if self.position.turns:
+            if self.position.turns and "score" not in self.position.hooks:  # nobody asks for them as they were
                 heads = Heads(self.heads, self.kv_heads, self.head_dim, self.value_dim)
                 q, k, v = rotary.turned(y, heads, self.position.turning(ctx.side, y.dtype))
                 return q, k, v, q, k
