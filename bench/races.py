@@ -76,6 +76,7 @@ def named(fn: Any) -> str:
 def kernels() -> dict[str, bool]:
     """Every kernel of the source, and whether it adds atomically: functions for Triton that no other of its folder uses."""
     found: dict[str, bool] = {}
+    used: set[str] = set()
     for folder in {file.parent for file in KERNELS.rglob("*.py")}:
         jitted: dict[str, ast.FunctionDef] = {}
         for file in sorted(folder.glob("*.py")):
@@ -86,11 +87,19 @@ def kernels() -> dict[str, bool]:
                 ):
                     jitted[f"{module}.{node.name}"] = node
         calls = [c for node in jitted.values() for c in ast.walk(node) if isinstance(c, ast.Call)]
-        used = {ast.unparse(c.func).rpartition(".")[2] for c in calls}
         scans = [c for c in calls if ast.unparse(c.func) in ("tl.associative_scan", "tl.reduce")]
-        used |= {x.id for c in scans for x in c.args if isinstance(x, ast.Name)}
-        found |= {n: "atomic_" in ast.unparse(node) for n, node in jitted.items() if node.name not in used}
-    return found
+        names = {ast.unparse(c.func).rpartition(".")[2] for c in calls}
+        names |= {x.id for c in scans for x in c.args if isinstance(x, ast.Name)}
+        used |= {f"{folder.relative_to(KERNELS)}/{name}" for name in names}
+        used |= {f"./{name}" for name in names if folder != KERNELS}  # what all folders share
+        found |= {n: "atomic_" in ast.unparse(node) for n, node in jitted.items()}
+    return {n: atomic for n, atomic in found.items() if "/".join(_place(n)) not in used}
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Folder and function of folder.module.function."""
+    *folders, _, function = name.split(".")
+    return "/".join(folders) or ".", function
 
 
 def repeated(case: str) -> tuple[list[Launch], dict[str, str]]:

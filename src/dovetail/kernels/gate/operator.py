@@ -19,6 +19,8 @@ def gated(both: Tensor, activation: str) -> Tensor:
     backward is one operation, which it leaves alone.
     """
     if torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() and both.requires_grad):
+            return reference.gated(both, activation)
         return _Backwards.apply(both, reference.gated(both.detach(), activation), activation)  # type: ignore[no-any-return]
     return _forward(both, activation)
 

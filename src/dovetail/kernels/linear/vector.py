@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from dovetail.kernels.chunks import ceil_div
 from dovetail.kernels.gate.triton import activated
 from dovetail.kernels.operation import operation
+from dovetail.kernels.overlap import all_before, launched
 
 
 class Launch(NamedTuple):
@@ -32,8 +32,6 @@ class Launch(NamedTuple):
 
 
 LAUNCH = Launch(2, 2048, 4)
-# Where a program may start while the kernel before is ending, and wait with W in its registers for x alone.
-OVERLAPS = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,12 +54,10 @@ def step(
     columns = min(LAUNCH.columns, triton.next_power_of_2(width))
     each = max(1, LAUNCH.rows // (1 if activation is None else 2))
     kernel: Any = _step  # a launch takes more than its signature says
-    early = early and OVERLAPS
-    more = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
         kernel[(ceil_div(rows, each),)](
-            x, weight, y, scale, residual, eps, rows, weight.stride(0), width, each, columns, activation or "", early,
-            num_warps=LAUNCH.warps, **more,
+            x, weight, y, scale, residual, eps, rows, weight.stride(0), width, each, columns, activation or "",
+            num_warps=LAUNCH.warps, **launched(early),
         )  # fmt: skip
     return y
 
@@ -87,8 +83,7 @@ def _step(  # type: ignore[no-untyped-def]
         beside = at + tl.cast(rows, tl.int64) * stride  # the other half
         u = _piece(beside, 0, WIDTH, COLUMNS)
     if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()  # behind the wait: what comes next may read what a kernel before this one wrote
+        all_before()
     v = _piece(x, 0, WIDTH, COLUMNS).to(tl.float32)
     squares = v * v
     if scale is not None:

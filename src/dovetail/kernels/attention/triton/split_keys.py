@@ -25,6 +25,7 @@ from dovetail.kernels.attention.triton.few_queries import BLOCK
 from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION
 from dovetail.kernels.attention.triton.tiles import seen
 from dovetail.kernels.chunks import ceil_div, padded, roomy
+from dovetail.kernels.overlap import all_before, launched
 
 BLOCKS = 128  # of those of `ranges` that are looked up at a time
 SPLITS = 128  # at most
@@ -101,7 +102,7 @@ def attend(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr, VALUES: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, E: tl.constexpr,
     SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr, BLOCKS: tl.constexpr, PARTIAL: tl.constexpr, PLACED: tl.constexpr,
     BACK: tl.constexpr, AHEAD: tl.constexpr, SINKS: tl.constexpr, APART: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys of one row and key head, for its FAN query heads and T tokens, ROWS of these at a time.
 
@@ -110,6 +111,8 @@ def attend(  # type: ignore[no-untyped-def]
     scale: with log2(e), or as cap has that, divided by the cap. A key is D numbers and REST more; SHARED: the first D
     are its value, as those of latents are (DeepSeek-AI 2024, section 2.1).
     """
+    if EARLY:
+        all_before()
     within, row, split = tl.program_id(0) % each, (tl.program_id(0) // each).to(tl.int64), tl.program_id(1)
     group, block = within % groups, within // groups
     r = block * ROWS + tl.arange(0, ROWS)
@@ -182,9 +185,12 @@ def attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(  # type: ignore[no-untyped-def]
-    parts, levels, out, lse, splits, VALUES: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, MERGED: tl.constexpr
+    parts, levels, out, lse, splits, VALUES: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, MERGED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: out (N,VALUES) and lse (N,) from parts (splits,N,VALUES) and levels (splits,N), N = B·T·H."""
+    if EARLY:
+        all_before()
     n, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     split, e = tl.arange(0, SPLITS), tl.arange(0, E)
     level = tl.load(levels + split * N + n, mask=split < splits, other=-float("inf"))
@@ -271,11 +277,12 @@ def forward(
             span.before or 0, span.after or 0, span.sinks, WIDTH=width, VALUES=values, D=D, REST=rest, E=E,
             SHARED=shared, ROWS=rows, COLUMNS=tile.columns, FAN=fan, BLOCKS=BLOCKS, PARTIAL=splits > 1, PLACED=sides is not None,
             CAP=bool(cap), PRECISION=PRECISION, num_warps=tile.warps, num_stages=tile.stages, **_bounds(span, sides),
+            **launched(),
         )  # fmt: skip
         if splits > 1:
             merge[(B * T * H,)](
-                part, level, out, lse, splits, VALUES=values, E=E, SPLITS=SPLITS, MERGED=MERGED, num_warps=4
-            )
+                part, level, out, lse, splits, VALUES=values, E=E, SPLITS=SPLITS, MERGED=MERGED, num_warps=4, **launched()
+            )  # fmt: skip
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
