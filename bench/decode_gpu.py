@@ -266,16 +266,15 @@ def profile(each: Shape, rows: int, steps: int = 8) -> None:
 def attempts(each: Shape, rows: int) -> None:
     """Prints the microseconds of a step that is compiled in other ways."""
     prompt, model = prompts(rows, each.sizes["vocab_size"]), ours(each.sizes)
-    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL
+    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL_COMPILED
     searched = {"coordinate_descent_tuning": not usual.get("coordinate_descent_tuning", False)}
     searches = "coordinate_descent_tuning"
     without = {option: {k: v for k, v in usual.items() if k != option} for option in usual if option != searches}
     fused = tuple(kind for kind in own if kind != "decode")
     ways: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
         "as it is": (usual, own, tall),
-        "own products": (usual, own, 1),
-        "own products, nothing beside them": (usual, own, 1),
-        f"own products, {searched}": (usual | searched, own, 1),
+        "own products, nothing beside them": (usual, own, tall),
+        "the head's own product alone": (usual, own, linear._TALL),
         f"{searched}": (usual | searched, own, tall),
         **{f"without {option}": (left, own, tall) for option, left in without.items()},
         "launches overlap": (usual | {"triton.enable_pdl": True}, own, tall),
@@ -284,7 +283,7 @@ def attempts(each: Shape, rows: int) -> None:
     }
     for name, (options, kernels, rows_from) in ways.items():
         with skipped(name):
-            triton.OWN, linear._TALL = kernels, rows_from
+            triton.OWN, linear._TALL_COMPILED = kernels, rows_from
             captured.beside = mock.Mock() if name.endswith("nothing beside them") else beside
             start = time.perf_counter()
             runner = Captured(model, rows, PROMPT + NEW, options=options)
@@ -293,7 +292,7 @@ def attempts(each: Shape, rows: int) -> None:
             alone = statistics.median(seconds(lambda run=run: [run.step() for _ in range(64)], 3)) / 64
             print(f"{each.name} B{rows}: a step {1e6 * alone:.0f} us, compiled in {first:.0f} s: {name}", flush=True)
         torch.compiler.reset()
-    triton.OWN, linear._TALL, captured.beside = own, tall, beside
+    triton.OWN, linear._TALL_COMPILED, captured.beside = own, tall, beside
 
 
 def asked(names: Sequence[str]) -> Iterator[tuple[Shape, int]]:

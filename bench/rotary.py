@@ -95,7 +95,10 @@ def measure() -> Iterator[dict[str, Any]]:
     ups = {name: as_made if "compile" in name else up for name in found}
     cases = {
         "fwd": ({name: (lambda way=way: forward(way)) for name, way in found.items()}, 2 * turned),
-        "fwd+bwd": ({name: (lambda way=way: step(way, ups[name])) for name, way in found.items()}, 2 * turned + 2 * x.nbytes),
+        "fwd+bwd": (
+            {name: (lambda way=way, up=ups[name]: step(way, up)) for name, way in found.items()},
+            2 * turned + 2 * x.nbytes,
+        ),
     }
     for what, (runs, moved) in cases.items():
         times = interleaved(replayed(runs, REPEAT), rounds=9, warmup=2)

@@ -122,7 +122,9 @@ def test_kernel_takes_widths_that_fill_no_group_and_columns_apart(vectors: int) 
         stored = spec.store(torch.randn(9, width, device=DEVICE))
         x = torch.randn(width, 4, vectors, device=DEVICE)[:, 0].t()  # its columns apart
         theirs = expected(x, stored, None)
-        assert (linear(x, stored.rows()) - theirs).abs().max() <= 3e-6 * theirs.abs().max()
+        # one vector's int4 codes come as 16 (Σ x (1 + q/16) - Σ x), of whose digits four bits cancel
+        tolerance = 3e-6 * (16 if vectors == 1 and spec.kind == "int4" else 1)
+        assert (linear(x, stored.rows()) - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 @each
@@ -131,7 +133,7 @@ def test_shares_of_k_are_added(spec: Storage, monkeypatch: pytest.MonkeyPatch) -
     from dovetail.kernels.quantise import triton_linear
 
     monkeypatch.setattr(triton_linear, "LEAST_STEPS", 1)
-    monkeypatch.setattr(triton_linear, "WIDE", triton_linear.Tiles(16, 8, 4, 2))
+    monkeypatch.setattr(triton_linear, "WIDE", triton_linear.Tiles(16, 16, 4, 2))
     stored, bias = (
         spec.store(torch.randn(20, 112 if spec.kind == "int8" else 96, device=DEVICE)),
         torch.randn(20, device=DEVICE),

@@ -180,7 +180,7 @@ def test_a_row_over_a_large_vocabulary_on_cuda(adapted: bool) -> None:
             "head": {"kind": "ref", "path": "embedding"}, "blocks": {"mixer": {"kind": "attention", "heads": 4}}}  # fmt: skip
     model = dt.build(spec, device="cuda", dtype=torch.bfloat16, seed=0).eval()
     if adapted:
-        dt.adapt(model, {"kind": "lora", "rank": 4, "targets": ["embedding"]})
+        dt.adapt(model, {"kind": "lora", "rank": 4, "targets": ["embed_tokens"]})
     runner, prompt, found = Captured(model, 1, 128), list(range(20)), []
     for _ in range(4):
         run, token = runner.read([prompt], 64), torch.tensor([7], device="cuda")

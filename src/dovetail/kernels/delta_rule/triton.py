@@ -138,7 +138,7 @@ def _backward(
         )  # fmt: skip
         tiles_back.scores_back[(N, B * H)](
             q, k, v, beta, inverse, errors, de, do, decay, documents, y, dv, dscores, dsystem, dbeta[-1], dlog[-1],
-            *qs, *ks, *vs, *os, *sizes, *flags, L, W, V, num_stages=1, num_warps=8,  # type: ignore[arg-type]
+            *qs, *ks, *vs, *os, *sizes, *flags, L, W, V, num_stages=1, num_warps=8 if V > 16 else 4,  # type: ignore[arg-type]
         )  # fmt: skip
         tiles_back.widths_back[(blocks, N, B * H)](
             q, k, beta, since, left, whole, states, dstates, errors, y, do, dscores, dsystem, dq, dk, dbeta, dlog,

@@ -16,7 +16,10 @@ from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.installed import TRITON
 
 _LEAST = 64  # columns worth a core
-_TALL = 32_768  # rows that keep every multiprocessor of a GPU reading
+_TALL = 32_768  # rows of W that keep every multiprocessor of a GPU reading
+_TALL_COMPILED = (
+    1  # in a compiled step any: what stands beside a product is taken in, and a call costs the host nothing
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,12 +42,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _tall(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `vector` serves it: a weight that stands, as the kernel asks, and no copy made for this call."""
-    if weight.shape[0] < _TALL or x.device.type != "cuda" or x.numel() != weight.shape[1] or bias is not None:
+    if torch.is_grad_enabled() or x.device.type != "cuda" or bias is not None:
+        return False
+    if weight.shape[0] < (_TALL_COMPILED if torch.compiler.is_compiling() else _TALL) or x.numel() != weight.shape[1]:
         return False
     fits = isinstance(weight, nn.Parameter) and x.dtype == weight.dtype and weight.stride(1) == 1
-    return (
-        TRITON and fits and x.dtype != torch.float64 and not (twins.asked() or torch.is_grad_enabled() or autocasts(x))
-    )
+    return TRITON and fits and x.dtype != torch.float64 and not (twins.asked() or autocasts(x))
 
 
 def _threads() -> int:
