@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dovetail as dt
 from dovetail.adapters import adapt
-from dovetail.kernels import gate
 from dovetail.objectives.next_token import cross_entropy
 from dovetail.parts.containers import StackModule
 from dovetail.parts.storage.int4 import Int4
@@ -86,9 +85,8 @@ def test_saved_tensors_and_peak_are_those_of_a_real_step(mixer: Any, precision: 
 
 
 @pytest.mark.parametrize("case, compiled", [("eager", False), ("compiled", True)])
-def test_predicts_peaks_measured_on_a_gpu(case: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predicts_peaks_measured_on_a_gpu(case: str, compiled: bool) -> None:
     """bench/train_gpu.py: weights, gradients and moments in bf16, 4 x 4096 tokens."""
-    monkeypatch.setattr(gate, "_path", lambda *_: "plain")  # gates were plain torch when it was measured
     model = dt.build(LLAMA, weights=False).to(torch.bfloat16)
     way = predict(Step(model, 4, 4096, compiled=compiled), "cuda", 0)
     assert way.peak == pytest.approx(measured("train_gpu", case), rel=0.1)

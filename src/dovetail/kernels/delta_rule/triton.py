@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dovetail.kernels.chunks import ceil_div, padded
 from dovetail.kernels.delta_rule import tiles, tiles_back
@@ -26,13 +27,20 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, start: Tensor | None,
     reset: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32."""
-    shape = (*k.shape[:2], k.shape[3], v.shape[3])
-    start = q.new_zeros(shape, dtype=torch.float32) if start is None else start.float()
+    """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32.
+
+    In bf16 and fp16 widths are filled up with zeros, which change nothing, to multiples of 8: with rows of an odd number of
+    entries Triton 3.6 makes kernels that go wrong on an H200.
+    """
+    D, Dv = k.shape[3], v.shape[3]
+    start = q.new_zeros(*k.shape[:2], D, Dv, dtype=torch.float32) if start is None else start.float()
+    if q.element_size() < 4 and (D % 8 or Dv % 8):
+        q, k, v = (F.pad(t, (0, -t.shape[3] % 8)) for t in (q, k, v))
+        start = F.pad(start, (0, -Dv % 8, 0, -D % 8))
     decay = None if log_decay is None else log_decay.float()
     documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
     out, end, *_ = _forward(q, k.to(q.dtype), v.to(q.dtype), beta.float(), decay, start, documents, scale)
-    return out, end
+    return out[..., :Dv], end[..., :D, :Dv]
 
 
 def _rows(x: Tensor) -> Tensor:
