@@ -57,7 +57,7 @@ def test_a_step_takes_in_what_it_can(change: dict[str, Any], taken: int, monkeyp
     model = dt.build(dt.override(model.spec, change), seed=0, device=DEVICE, dtype=NARROW).eval()
     monkeypatch.setattr(gate, "_path", lambda both, activation: "triton")  # as on CUDA, where it traces otherwise
     monkeypatch.setattr(
-        linear, "_tall", lambda x, w, b: x.numel() == w.shape[1] and b is None and isinstance(w, nn.Parameter)
+        linear, "_by_vector", lambda x, w, b: x.numel() == w.shape[1] and b is None and isinstance(w, nn.Parameter)
     )
     found, counts = [], []
     for fused in (False, True):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dovetail.kernels.installed import TRITON
-from dovetail.kernels.linear import linear
+from dovetail.kernels.linear import linear, plan
 from dovetail.kernels.linear.accumulate import add_product
 
 
@@ -98,3 +98,17 @@ def test_a_wrong_width_is_refused(columns: bool) -> None:
     weight = torch.randn(128, 256).t().contiguous().t() if columns else torch.randn(128, 256)
     with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
         linear(torch.randn(1, 2, 128), weight)
+
+
+def test_the_plan_says_why() -> None:
+    bf16 = torch.bfloat16
+    assert (
+        plan("cuda", bf16, 64).path
+        == plan("cuda", bf16, 128_256, compiled=False).path
+        == ("vector" if TRITON else "torch")
+    )
+    for why, found in {
+        "not on CUDA": plan("cpu", bf16, 64), "a bias": plan("cuda", bf16, 64, bias=True), "not compiled": plan("cuda", bf16, 64, compiled=False),
+        "float64": plan("cuda", torch.float64, 64),
+    }.items():  # fmt: skip
+        assert found.path == "torch" and (why in found.why or not TRITON)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dovetail.kernels.attention import Plan
 from dovetail.kernels.linear import linear
+from dovetail.kernels.linear import plan as linear_plan
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.storage.base import Storage, Stored
 from dovetail.spec import Slot
@@ -78,6 +80,13 @@ class Linear(Adaptable, nn.Linear):
     def plain(self, x: Tensor) -> Tensor:
         """W x + b without adapters and multiplier."""
         return linear(x, self.weight, self.bias) if self.stored is None else self.stored.linear(x, self.bias)
+
+    def plans(self, device: str, length: int) -> dict[str, Plan]:
+        """Which kernel a step of one row would run on CUDA, and why."""
+        if self.stored is not None or device != "cuda":
+            return {}
+        found = linear_plan(device, self.weight.dtype, self.out_features, self.bias is not None)
+        return {"decoding one row, compiled": found}
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop alone: one map of several that are fused."""

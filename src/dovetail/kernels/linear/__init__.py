@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.kernels import twins
+from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.installed import TRITON
 
@@ -27,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     width = weight.shape[1]
     if x.shape[-1] != width:
         return F.linear(x, weight, bias)  # which says what is wrong
-    if _tall(x, weight, bias):
+    if _by_vector(x, weight, bias):
         from dovetail.kernels.linear import vector
 
         return vector.product(x.reshape(-1), weight).view(*x.shape[:-1], -1)
@@ -40,14 +41,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _tall(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `vector` serves it: a weight that stands, as the kernel asks, and no copy made for this call."""
-    if torch.is_grad_enabled() or x.device.type != "cuda" or bias is not None:
+def plan(device: str, dtype: torch.dtype, rows: int, bias: bool = False, compiled: bool = True) -> Plan:
+    """The path of one vector without gradients, for W of so many rows, and why."""
+    if twins.asked():
+        return Plan("torch", twins.WHY)
+    if device != "cuda" or not TRITON or dtype == torch.float64 or bias:
+        why = "not on CUDA" if device != "cuda" else "a bias" if bias else f"{dtype}" if TRITON else "no Triton"
+        return Plan("torch", f"{why}: torch's own product")
+    if rows < (_TALL_COMPILED if compiled else _TALL):
+        return Plan("torch", f"fewer than {_TALL} rows, not compiled: torch's own product, the shorter call")
+    beside = ", and takes in an RMS norm, a gate or a sum beside it" if compiled else ""
+    return Plan("vector", f"one vector on CUDA: an own kernel, which reads the weight once{beside}")
+
+
+def _by_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `vector` serves it: as planned, a weight that stands, as the kernel asks, and no copy made for this call."""
+    if torch.is_grad_enabled() or x.device.type != "cuda" or x.numel() != weight.shape[1]:
         return False
-    if weight.shape[0] < (_TALL_COMPILED if torch.compiler.is_compiling() else _TALL) or x.numel() != weight.shape[1]:
-        return False
-    fits = isinstance(weight, nn.Parameter) and x.dtype == weight.dtype and weight.stride(1) == 1
-    return TRITON and fits and x.dtype != torch.float64 and not (twins.asked() or autocasts(x))
+    fits = isinstance(weight, nn.Parameter) and x.dtype == weight.dtype and weight.stride(1) == 1 and not autocasts(x)
+    rows, compiled = weight.shape[0], torch.compiler.is_compiling()
+    return fits and plan("cuda", x.dtype, rows, bias is not None, compiled).path == "vector"
 
 
 def _threads() -> int:
