@@ -31,6 +31,7 @@ from dovetail.objectives import next_token
 from dovetail.objectives.next_token import NextToken
 from dovetail.training.device import compiled
 from dovetail.training.flops import flops_per_token
+from dovetail.training.fp8 import multiply_in_fp8
 from dovetail.training.optim import adamw, update
 from dovetail.training.room import Step, predict
 
@@ -61,12 +62,14 @@ if TINY:
 @dataclass(frozen=True)
 class Variant:
     """A way to take the step. chunk: log2 of half the logits that live at a time.
-    again: every how many blocks are checkpointed. budget: share of the activations that Inductor's partition may keep."""
+    again: every how many blocks are checkpointed. budget: share of the activations that Inductor's partition may keep.
+    fp8: the blocks' products in 8 bits, which is other arithmetic."""
 
     compiled: bool = True
     chunk: int = 27
     again: int = 0
     budget: float = 1.0
+    fp8: bool = False
 
 
 VARIANTS = {
@@ -77,6 +80,8 @@ VARIANTS = {
     "compiled, activation budget 0.9": Variant(budget=0.9),
     "compiled, logits 2^29 at a time": Variant(chunk=28),
     "compiled, one block in 4 made again": Variant(again=4),
+    "compiled, fp8": Variant(fp8=True),
+    "compiled, fp8, logits 2^29 at a time": Variant(fp8=True, chunk=28),
 }
 TARGETS = {name: {"target": 68_000, "target_peak_gb": 26} for name in VARIANTS if name.startswith("compiled")}
 Made = tuple[Callable[[], None], Any]
@@ -88,6 +93,7 @@ def next_tokens(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def ours(tokens: torch.Tensor, how: Variant) -> Made:
     model = dt.build(SPEC, device=DEVICE, dtype=torch.bfloat16).train()
+    multiply_in_fp8(model, ["blocks.*"] * how.fp8)
     model.checkpointing = how.again
     run = compiled(model, how.again > 0) if how.compiled else model
     optimizer = adamw(model, lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -198,6 +204,7 @@ def peers(tokens: torch.Tensor) -> Iterator[tuple[str, tuple[float, float, float
 def predicted(how: Variant) -> float | None:
     """Peak bytes as preflight counts them; None where Inductor's partition does not come to an end."""
     model = dt.build(SPEC, weights=False).to(torch.bfloat16)
+    multiply_in_fp8(model, ["blocks.*"] * how.fp8)
     budget = torch._functorch.config.patch(activation_memory_budget=how.budget)
     with mock.patch.dict(next_token._CHUNK, {"cuda": 2**how.chunk}), budget:
         try:

@@ -113,6 +113,7 @@ def compare(inputs: list[Tensor], mask: BoundMask, kind: str | Ends | None = Non
         (Full(), "table", 48, 2, 16, 16, torch.float32),
         (Full(), "function", 37, 2, 16, 20, torch.float32),
         (Causal(), None, 48, 1, 16, 32, NARROW),
+        (Causal(), None, 48, 1, 21, 9, NARROW),  # rows of an odd number of entries
         (Causal(), "table", 53, 1, 20, 16, torch.float32),
         (Causal(), "function", 48, 2, 16, 16, NARROW),
         (Causal() & Window(size=20), "table", 64, 2, 16, 16, torch.float32),

@@ -101,11 +101,12 @@ def test_segments_of_a_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(inputs, reset)
 
 
+@pytest.mark.parametrize(("D", "Dv"), [(8, 20), (21, 9)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_types(dtype: torch.dtype) -> None:
+def test_narrow_types(dtype: torch.dtype, D: int, Dv: int) -> None:
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter has no bf16 products")
-    inputs = given(1, 2, 70, 8, 20, dtype)
+    inputs = given(1, 2, 70, D, Dv, dtype)
     reset = torch.zeros(1, 70, dtype=torch.bool, device=DEVICE)
     reset[0, 40] = True
     compare(inputs, reset)

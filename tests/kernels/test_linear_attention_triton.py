@@ -100,6 +100,7 @@ def state(
     [
         (NARROW, "plain", 64, 1, 1, 16, 16, False, False),
         (NARROW, "packed", 40, 2, 1, 12, 20, True, True),
+        (NARROW, "plain", 40, 1, 1, 21, 9, False, False),  # rows of an odd number of entries
         (torch.float32, "packed", 70, 2, 1, 20, 12, True, True),
         (torch.float32, "padded", 40, 1, 1, 16, 24, False, True),
         (torch.float32, "plain", 5, 1, 1, 16, 1, False, False),

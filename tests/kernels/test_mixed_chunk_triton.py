@@ -77,6 +77,7 @@ def ours(heads: Heads, v: Tensor, ctx: Context, chunk: int, causal: bool) -> Ten
         (torch.float32, "plain", 9, 64, 16, 5, True),  # shorter than a chunk
         (torch.float32, "packed", 48, 16, 20, 12, True),
         (NARROW, "padded", 72, 20, 16, 16, True),
+        (NARROW, "plain", 40, 16, 21, 9, True),  # rows of an odd number of entries
     ],
 )
 def test_kernels_equal_the_plain_twin(

@@ -92,8 +92,13 @@ def test_masks_equal_the_plain_twin(case: tuple[Mask, Side, Side]) -> None:
 
 @pytest.mark.parametrize(
     ("H", "G", "D", "E", "T", "dtype"),
-    [(4, 4, 16, 16, 1, HALF), (6, 2, 20, 12, 2, torch.float32), (24, 1, 16, 32, 3, torch.float32)],
-    ids=["no groups", "odd widths", "more rows than a program takes"],
+    [
+        (4, 4, 16, 16, 1, HALF),
+        (6, 2, 20, 12, 2, torch.float32),
+        (2, 1, 21, 9, 1, HALF),
+        (24, 1, 16, 32, 3, torch.float32),
+    ],
+    ids=["no groups", "uneven widths", "odd widths", "more rows than a program takes"],
 )
 def test_heads_and_widths(H: int, G: int, D: int, E: int, T: int, dtype: torch.dtype) -> None:
     order = torch.arange(30, 30 + T, device=DEVICE)[None]

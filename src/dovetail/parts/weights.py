@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.kernels.attention import Plan
-from dovetail.kernels.linear import linear
+from dovetail.kernels.linear import fp8, linear
 from dovetail.kernels.linear import plan as linear_plan
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.storage.base import Storage, Stored
@@ -41,6 +41,7 @@ class Linear(Adaptable, nn.Linear):
     """
 
     stored: Stored | None  # no class attribute: it would hide the submodule
+    in_fp8 = False  # whether its products are in 8 bits where gradients are taken: `training.fp8`
 
     def __init__(
         self,
@@ -79,14 +80,18 @@ class Linear(Adaptable, nn.Linear):
 
     def plain(self, x: Tensor) -> Tensor:
         """W x + b without adapters and multiplier."""
+        if self.in_fp8 and torch.is_grad_enabled():
+            y = fp8.linear(x, self.weight)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         return linear(x, self.weight, self.bias) if self.stored is None else self.stored.linear(x, self.bias)
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
-        """Which kernel a step of one row would run on CUDA, and why."""
-        if self.stored is not None or device != "cuda":
-            return {}
-        found = linear_plan(device, self.weight.dtype, self.out_features, self.bias is not None)
-        return {"decoding one row, compiled": found}
+        """Which kernel would train it, where that is not torch's own, and run a step of one row on CUDA, and why."""
+        found = {"training": Plan("fp8", "as asked: three products in 8 bits, a scale a tensor")} if self.in_fp8 else {}
+        if self.stored is None and device == "cuda":
+            one = linear_plan(device, self.weight.dtype, self.out_features, self.bias is not None)
+            found["decoding one row, compiled"] = one
+        return found
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop alone: one map of several that are fused."""

@@ -42,6 +42,11 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether torch has products in fp8 there: CUDA from Ada on, CPUs."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
 def precision(wanted: str, device: torch.device) -> str:
     """ "bf16" or "none" from a recipe's autocast."""
     if wanted == "auto":

@@ -22,6 +22,7 @@ from dovetail.models import build
 from dovetail.spec import entry
 from dovetail.training.device import autocast, choose, peak_memory, peak_rate, precision, total_memory
 from dovetail.training.flops import parameter_count
+from dovetail.training.fp8 import multiply_in_fp8
 from dovetail.training.memory import FROZEN, METHODS, Estimate, Method, estimate, remedies, train_flops
 from dovetail.training.recipe import Recipe
 from dovetail.training.room import Step, Uncounted, Way, look
@@ -245,6 +246,7 @@ def _step(recipe: Recipe, device: torch.device, frozen: float) -> Step:
         narrow = isinstance(recipe.model, str) and rounded == "bf16"
         model = model.to(torch.bfloat16) if narrow else model
         adapt(model, recipe.adapter)  # type: ignore[arg-type]
+    multiply_in_fp8(model, t.fp8)
     storage: Any = recipe.storage
     return Step(model, t.batch, t.length, t.accumulate, rounded, t.compile, bool(t.ema), frozen, storage)
 

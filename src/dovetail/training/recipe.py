@@ -55,7 +55,8 @@ class Train(Section):
     computes it faster. save_every, eval_every, log_every: in steps (0: only at the end). keep: checkpoints that stay.
     eval_batches: at most so many held-out batches (0: all). checkpointing: blocks made again in the backward, all of
     them, one in so many, or as few as fit into the device's memory ("auto"; see `preflight`). graph: steps replayed as
-    CUDA graphs ("auto": where the device is one), which small models need to keep a GPU busy. plain: every fast path
+    CUDA graphs ("auto": where the device is one), which small models need to keep a GPU busy. fp8: patterns of linear
+    maps' paths ("blocks.*") that multiply in 8 bits (`training.fp8`), which pays where it is compiled. plain: every fast path
     off, the kernels' plain twins in fp32 (`kernels.twins`): slow, and what a fast run is to agree with.
     """
 
@@ -76,6 +77,7 @@ class Train(Section):
     ema: float = Field(default=0.0, ge=0, lt=1)
     autocast: Literal["auto", "none", "bf16"] = "auto"
     compile: bool = False
+    fp8: tuple[str, ...] = Field(default=(), strict=False)
     graph: bool | Literal["auto"] = False
     plain: bool = False
     checkpointing: bool | Annotated[int, Field(ge=2)] | Literal["auto"] = False
@@ -137,7 +139,13 @@ class Recipe(Section):
             _check_graph(recipe, f"{where}.train.graph")
         fast = {
             "compile": recipe.train.compile, "autocast": recipe.train.autocast == "bf16", "graph": bool(recipe.train.graph),
+            "fp8": bool(recipe.train.fp8),
         }  # fmt: skip
+        if recipe.train.fp8 and recipe.adapter is not None:
+            raise SpecError(
+                "products in 8 bits are for weights that are trained, and an adapter leaves them frozen",
+                where=f"{where}.train.fp8", remedy="leave it out, or give storage: {kind: int8}",
+            )  # fmt: skip
         if recipe.train.plain and any(fast.values()):
             raise SpecError(
                 f"train.plain turns every fast path off, and train.{next(k for k in fast if fast[k])} turns one on",

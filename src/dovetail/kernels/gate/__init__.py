@@ -17,7 +17,7 @@ from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.counted import device_type
 from dovetail.kernels.gate import reference
 from dovetail.kernels.installed import TRITON
-from dovetail.kernels.linear import linear
+from dovetail.kernels.linear import fp8, linear
 
 ACTIVATIONS = tuple(reference.FORMULAS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,17 +44,19 @@ def gated(both: Tensor, activation: str) -> Tensor:
     return operator.gated(both, activation)
 
 
-def projected(both: Tensor, activation: str, weight: Tensor) -> Tensor:
+def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool = False) -> Tensor:
     """gated(both) Wᵀ (..., O) with W (O,h), as autocast would have it. On CUDA the output of the gate is not kept for the
-    backward, which writes it once more beside the gradient of both: h numbers a token less.
+    backward, which writes it once more beside the gradient of both: h numbers a token less. in_fp8: products by
+    `linear.fp8`, where gradients are taken.
 
     Raises DataError as `gated` does.
     """
     if torch.is_grad_enabled() and weight.requires_grad and _path(both, activation) == "triton":
         from dovetail.kernels.gate import operator
 
-        return operator.projected(both, activation, weight.to(both.dtype) if autocasts(both) else weight)
-    return linear(gated(both, activation), weight)
+        return operator.projected(both, activation, weight.to(both.dtype) if autocasts(both) else weight, in_fp8)
+    out = gated(both, activation)
+    return fp8.linear(out, weight) if in_fp8 and torch.is_grad_enabled() else linear(out, weight)
 
 
 def plan(activation: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.kernels.gate import reference
+from dovetail.kernels.linear import fp8
 from dovetail.kernels.operation import operation
 
 
@@ -25,13 +26,16 @@ def gated(both: Tensor, activation: str) -> Tensor:
     return _forward(both, activation)
 
 
-def projected(both: Tensor, activation: str, weight: Tensor) -> Tensor:
+def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool) -> Tensor:
     """gated(both) Wᵀ (..., O), W (O,h) of the same type, which keeps what `gated` does: the output of the gate, which the
-    weight's gradient is made of, comes out of the gate's backward once more."""
+    weight's gradient is made of, comes out of the gate's backward once more. in_fp8: products by `linear.fp8`."""
     known = both.detach()
     out = reference.gated(known, activation) if torch.compiler.is_compiling() else _forward(known, activation)
-    y = F.linear(out, weight.detach())
-    return _Projects.apply(both, weight, y, activation)  # type: ignore[no-any-return]
+    if not in_fp8:
+        return _Projects.apply(both, weight, F.linear(out, weight.detach()), activation)  # type: ignore[no-any-return]
+    left, right = fp8.rounded(fp8.filled(out)), fp8.rounded(weight.detach())
+    y = fp8.product(left, right, out.dtype, exact=False)[: out.numel() // out.shape[-1]].view(*out.shape[:-1], -1)
+    return _ProjectsInFp8.apply(both, weight, y, left.scale, right.scale, activation)  # type: ignore[no-any-return]
 
 
 class _Projects(torch.autograd.Function):
@@ -48,6 +52,27 @@ class _Projects(torch.autograd.Function):
         both, weight = ctx.saved_tensors
         d_both, out = _backward_again(d_y @ weight, both, ctx.activation)
         return d_both, d_y.flatten(0, -2).t() @ out.flatten(0, -2), None, None
+
+
+class _ProjectsInFp8(torch.autograd.Function):
+    """The same, by products in 8 bits. scales: of the gate's output and of the weight."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, both: Tensor, weight: Tensor, y: Tensor, scale: Tensor, weight_scale: Tensor, activation: str
+    ) -> Tensor:
+        ctx.save_for_backward(both, weight, scale, weight_scale)
+        ctx.activation = activation
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        both, weight, scale, weight_scale = ctx.saved_tensors
+        d = fp8.rounded(fp8.filled(d_y), fp8.GRADIENT)
+        d_out = fp8.input_gradient(d, weight, weight_scale, both.dtype)[: d_y.numel() // d_y.shape[-1]]
+        d_both, out = _backward_again(d_out.view(*d_y.shape[:-1], -1), both, ctx.activation)
+        d_weight = fp8.weight_gradient(d, fp8.rounded(fp8.filled(out), scale=scale), weight.dtype)
+        return d_both, d_weight, None, None, None, None
 
 
 class _Backwards(torch.autograd.Function):

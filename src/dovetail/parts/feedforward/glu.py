@@ -47,7 +47,7 @@ class GluModule(Drops):
         """(B,T,C) -> (B,T,C')."""
         both, formula, weight = self.gate_up(x), self.formula, self.down.product
         if formula is not None and weight is not None and not (self.drop and self.training):
-            return gate.projected(both, formula, weight)
+            return gate.projected(both, formula, weight, self.down.in_fp8)
         return self.down(self.dropout(self.gated(both)))
 
     def gated(self, both: Tensor) -> Tensor:
