@@ -18,6 +18,7 @@ import dovetail as dt
 from dovetail.errors import BuildError, DataError
 from dovetail.kernels.attention.plan import Plan
 from dovetail.parts.init import Normal
+from dovetail.parts.weights import Linear
 from dovetail.spec import Entry, Slot, Spec, entries, entry
 from dovetail.spec.spec import field_category
 
@@ -168,6 +169,7 @@ def said(build: Callable[[], Any], branch: str) -> Served:
             return Served(None)
         named = module.to(dtype).named_modules()
         choosing = [m for name, m in named if branch in name.split(".") and hasattr(m, "plans")]
+        choosing = [m for m in choosing if not isinstance(m, Linear)]  # alike in all of them
         plans = {use: plan for m in choosing for use, plan in m.plans(device, LENGTH).items()}
         # How many of the tiles are empty differs from mask to mask, and is no other reason.
         told = tuple((use, Plan(p.path, re.sub(r"all but \d+%", "all but few", p.why))) for use, p in plans.items())

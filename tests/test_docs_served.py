@@ -47,7 +47,7 @@ def test_a_cell_says_what_show_says(
             main()
         assert not end.value.code
         shown = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
-        shown = [p for p in shown if "mixer" in p["layers"]]
+        shown = [p for p in shown if p["layers"].endswith("mixer")]
         assert [(p["use"], p["path"], p["reference"]) for p in shown] == [
             (use, plan.path, plan.falls_back(device)) for use, plan in plans
         ]
