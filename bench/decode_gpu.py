@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -266,25 +266,27 @@ def profile(each: Shape, rows: int, steps: int = 8) -> None:
 def attempts(each: Shape, rows: int) -> None:
     """Prints the microseconds of a step that is compiled in other ways."""
     prompt, model = prompts(rows, each.sizes["vocab_size"]), ours(each.sizes)
-    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL_COMPILED
+    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL
+    inside = captured.stepping
     searched = {"coordinate_descent_tuning": not usual.get("coordinate_descent_tuning", False)}
     searches = "coordinate_descent_tuning"
     without = {option: {k: v for k, v in usual.items() if k != option} for option in usual if option != searches}
     fused = tuple(kind for kind in own if kind != "decode")
-    ways: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
-        "as it is": (usual, own, tall),
-        "own products, nothing beside them": (usual, own, tall),
-        "the head's own product alone": (usual, own, linear._TALL),
-        f"{searched}": (usual | searched, own, tall),
-        **{f"without {option}": (left, own, tall) for option, left in without.items()},
-        "launches overlap": (usual | {"triton.enable_pdl": True}, own, tall),
-        "without split keys": (usual, fused, tall),
-        "without any": ({}, fused, 2**31),
+    ways: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+        "as it is": (usual, own, "all"),
+        "own products, nothing beside them and none early": (usual, own, "bare"),
+        "the head's own product alone": (usual, own, "head"),
+        f"{searched}": (usual | searched, own, "all"),
+        **{f"without {option}": (left, own, "all") for option, left in without.items()},
+        "launches overlap": (usual | {"triton.enable_pdl": True}, own, "all"),
+        "without split keys": (usual, fused, "all"),
+        "without any": ({}, fused, "none"),
     }
-    for name, (options, kernels, rows_from) in ways.items():
+    for name, (options, kernels, products) in ways.items():
         with skipped(name):
-            triton.OWN, linear._TALL_COMPILED = kernels, rows_from
-            captured.beside = mock.Mock() if name.endswith("nothing beside them") else beside
+            triton.OWN, linear._TALL = kernels, 2**31 if products == "none" else tall
+            captured.beside = mock.Mock() if products == "bare" else beside
+            captured.stepping = inside if products in ("all", "bare") else nullcontext
             start = time.perf_counter()
             runner = Captured(model, rows, PROMPT + NEW, options=options)
             run = begun(model, prompt, runner)
@@ -292,7 +294,7 @@ def attempts(each: Shape, rows: int) -> None:
             alone = statistics.median(seconds(lambda run=run: [run.step() for _ in range(64)], 3)) / 64
             print(f"{each.name} B{rows}: a step {1e6 * alone:.0f} us, compiled in {first:.0f} s: {name}", flush=True)
         torch.compiler.reset()
-    triton.OWN, linear._TALL_COMPILED, captured.beside = own, tall, beside
+    triton.OWN, linear._TALL, captured.beside, captured.stepping = own, tall, beside, inside
 
 
 def asked(names: Sequence[str]) -> Iterator[tuple[Shape, int]]:

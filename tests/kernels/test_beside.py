@@ -64,6 +64,7 @@ def test_a_step_takes_in_what_it_can(change: dict[str, Any], taken: int, monkeyp
         runner = Captured(model, 1, 12)
 
         def compiled(graph: fx.GraphModule, inputs: Any, fused: bool = fused) -> Any:
+            assert linear._stepping
             if fused:
                 counts.append(beside.take_in(graph))
             return graph

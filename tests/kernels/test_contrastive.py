@@ -313,9 +313,10 @@ def test_triton_equals_the_twin(
         small_tiles(monkeypatch)
     inputs = made(n, m, d, dtype, 100.0, DEVICE)
     found = walked(triton, inputs, form, offset, 24)
+    tolerance = {torch.float32: 2e-5, torch.float16: 3e-3}[dtype]
     # of one pair p - 1 is left, a rounding of the score of up to 100, times its scale of 100
-    least = 100 * 100 * torch.finfo(dtype).eps / 2e-5 if n == m == 1 else 1e-2
-    close(found, truth(inputs, form, offset), {torch.float32: 2e-5, torch.float16: 3e-3}[dtype], least)
+    least = 100 * 100 * torch.finfo(torch.float32).eps / tolerance if n == m == 1 else 1e-2
+    close(found, truth(inputs, form, offset), tolerance, least)
     with torch.no_grad():
         alone = walk(triton, *inputs, form, offset, 24, (False, False, False))  # type: ignore[arg-type]
     assert torch.equal(alone.loss, found.loss) and alone.a is None

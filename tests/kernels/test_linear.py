@@ -103,12 +103,10 @@ def test_a_wrong_width_is_refused(columns: bool) -> None:
 def test_the_plan_says_why() -> None:
     bf16 = torch.bfloat16
     assert (
-        plan("cuda", bf16, 64).path
-        == plan("cuda", bf16, 128_256, compiled=False).path
-        == ("vector" if TRITON else "torch")
+        plan("cuda", bf16, 64).path == plan("cuda", bf16, 128_256, step=False).path == ("vector" if TRITON else "torch")
     )
     for why, found in {
-        "not on CUDA": plan("cpu", bf16, 64), "a bias": plan("cuda", bf16, 64, bias=True), "not compiled": plan("cuda", bf16, 64, compiled=False),
+        "not on CUDA": plan("cpu", bf16, 64), "a bias": plan("cuda", bf16, 64, bias=True), "no captured step": plan("cuda", bf16, 64, step=False),
         "float64": plan("cuda", torch.float64, 64),
     }.items():  # fmt: skip
         assert found.path == "torch" and (why in found.why or not TRITON)

@@ -231,7 +231,8 @@ def test_plan_says_why() -> None:
     assert plan("cuda", 1, bf16, 128, 4096).path == plan("cuda", 32, torch.float32, 4104, 4104).path == "triton"
     for why, given in {
         "not on CUDA": ("cpu", 1, bf16, 128, 4096), "more than 32": ("cuda", 33, bf16, 128, 4096),
-        "ends of rows": ("cuda", 1, bf16, None, 4096), "powers of two": ("cuda", 1, bf16, 24, 4096),
+        "ends of rows": ("cuda", 1, bf16, None, 4096), "powers of two": ("cuda", 1, bf16, 48, 4096),
+        "of at least 32": ("cuda", 1, bf16, 16, 4096), "at least 32": ("cuda", 2, bf16, 16, 16),
         "fp64": ("cuda", 1, torch.float64, 128, 4096), "or none": ("cuda", 0, bf16, 128, 4096),
     }.items():  # fmt: skip
         found = plan(*given)

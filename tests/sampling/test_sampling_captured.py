@@ -190,3 +190,23 @@ def test_a_row_over_a_large_vocabulary_on_cuda(adapted: bool) -> None:
         tokens = torch.tensor([[*prompt, *[7] * 30]], device="cuda")
         eager = model(tokens).logits[0, len(prompt) :].float()
     torch.testing.assert_close(found[0][:, 0], eager, rtol=0.05, atol=0.05 * float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1000, 4099])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_likeliest_is_the_first_of_the_best(rows: int, vocab: int) -> None:
+    """By pieces: ties, infinities and what is no number as argmax has them."""
+    from dovetail.sampling.captured import _best
+
+    scores = torch.randint(0, 4, (rows, vocab)).float()
+    for given in (scores, scores * 0, scores - torch.inf, torch.where(scores == 3, torch.inf, scores)):
+        assert torch.equal(_best(given), given.argmax(-1))
+    scores[-1, vocab // 2] = torch.nan
+    assert torch.equal(_best(scores), scores.argmax(-1))
+
+
+def test_each_row_is_given_its_token() -> None:
+    runner = Captured(built(MIXERS["rope, groups"]), 2, 16)
+    run = runner.read([[1, 2], [3]], 4)
+    with pytest.raises(UserError, match="tokens for 2 rows"):
+        run(torch.tensor([1]))

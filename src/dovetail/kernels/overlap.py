@@ -14,19 +14,25 @@ import triton
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@cache
 def overlaps() -> bool:
     """Whether the GPU at hand can."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    if not torch.cuda.is_available() or triton.knobs.runtime.interpret or torch.version.hip is not None:
+        return False
+    return _from_hopper_on(torch.cuda.current_device())
+
+
+@cache
+def _from_hopper_on(device: int) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def launched(early: bool = True) -> dict[str, Any]:
-    """What a kernel with `EARLY`, which calls `all_before`, is launched with."""
+    """What a kernel with `EARLY`, which calls `pass_on`, is launched with."""
     return {"EARLY": True, "launch_pdl": True} if early and overlaps() else {"EARLY": False}
 
 
 @triton.jit
-def all_before():  # type: ignore[no-untyped-def]
-    """Waits for it."""
+def pass_on():  # type: ignore[no-untyped-def]
+    """Waits for all that is before, then lets the next kernel begin."""
     gdc_wait()
     gdc_launch_dependents()

@@ -88,9 +88,9 @@ class Linear(Adaptable, nn.Linear):
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would train it, where that is not torch's own, and run a step of one row on CUDA, and why."""
         found = {"training": Plan("fp8", "as asked: three products in 8 bits, a scale a tensor")} if self.in_fp8 else {}
-        if self.stored is None and device == "cuda":
+        if self.stored is None and not self.adapted and device == "cuda":
             one = linear_plan(device, self.weight.dtype, self.out_features, self.bias is not None)
-            found["decoding one row, compiled"] = one
+            found["decoding one row, captured"] = one
         return found
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:

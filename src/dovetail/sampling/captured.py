@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dovetail.errors import RunError, UserError
 from dovetail.kernels.installed import TRITON
-from dovetail.kernels.linear import beside
+from dovetail.kernels.linear import beside, stepping
 from dovetail.parts.state import State
 from dovetail.sampling import limits
 from dovetail.sampling.decode import prefilled
 
 GRANULE = 128  # tokens: a capacity that is chosen here is a whole multiple, so that lengths that are near share it
+PIECES = 256  # of a row of scores
 WARM = 2  # compiled steps before a graph is captured: kernels are tuned and workspaces made by then
 
 
@@ -108,13 +110,17 @@ class Captured:
             )
         from torch._dynamo.exc import TorchDynamoException  # seconds to import, of which others need know nothing
 
+        if tokens.shape != self._tokens.shape:
+            raise UserError(
+                f"{tuple(tokens.shape)} tokens for {self.rows} rows", remedy="give each row its newest token"
+            )
         self._tokens.copy_(tokens)
         if self.device.type != "cuda" or self._warm < WARM:
             self._warm += 1
             # What guards look at was looked at when the prompts were read, and once more in their first step.
             with torch.compiler.set_stance(skip_guard_eval_unsafe=reading.steps > 0 and self.compilations > 0):
                 try:
-                    return self._step(self._tokens)
+                    return self._taken()
                 except TorchDynamoException as error:
                     raise UserError(
                         f"this model's decoding step cannot be compiled: {str(error).strip().splitlines()[0]}",
@@ -130,8 +136,12 @@ class Captured:
         """Capturing runs nothing, so that the state is as it was; the replay that follows takes the step."""
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._scores, self._best = self._step(self._tokens)
+            self._scores, self._best = self._taken()
         self.captures += 1
+
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        with stepping():
+            return self._step(self._tokens)
 
 
 class Reading:
@@ -166,16 +176,16 @@ def _step(model: Any, state: State) -> Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def _best(scores: Tensor) -> Tensor:
     """argmax of (R,V), the first of equals. In pieces: one program of a GPU takes 22 µs over the 128,256 of a row."""
-    pieces = next(n for n in range(256, 0, -1) if scores.shape[1] % n == 0)
-    highest, at = scores.unflatten(1, (pieces, -1)).max(-1)
+    cut = F.pad(scores, (0, -scores.shape[1] % PIECES), value=-torch.inf).unflatten(1, (PIECES, -1))
+    highest, at = cut.max(-1)
     piece = highest.argmax(-1, keepdim=True)
-    return (piece * (scores.shape[1] // pieces) + at.gather(1, piece)).squeeze(1)
+    return (piece * cut.shape[2] + at.gather(1, piece)).squeeze(1)
 
 
 def tuned(device: torch.device, rows: int) -> dict[str, Any]:
     """Inductor's options for a step of so many rows. On CUDA small kernels beside each other are one. One row: products with
-    a vector become reductions of its own, searched for the best shape, which read weights nearer to the speed of memory than
-    the library's products do."""
+    a vector that have no kernel of their own (a bias) become reductions, searched for the best shape, which read weights
+    nearer to the speed of memory than the library's products do."""
     # Not triton.enable_pdl, which would be 4% faster: its kernels wait for the one before them alone, and one that loads
     # nothing (a fill) waits for none, so that what comes behind it may read what is not written yet.
     if device.type != "cuda":

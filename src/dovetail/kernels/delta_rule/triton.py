@@ -29,7 +29,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32.
 
-    In bf16 and fp16 widths are filled up with zeros, which change nothing, to multiples of 8: with rows of an odd number of
+    In bf16 and fp16 widths are filled up with zeros, which change nothing, to rows of 16 bytes: of rows of an odd number of
     entries Triton 3.6 makes kernels that go wrong on an H200.
     """
     D, Dv = k.shape[3], v.shape[3]

@@ -1,11 +1,14 @@
 """y = x Wᵀ + b. torch's own, save for one vector: on several cores of a CPU, whose matrix library leaves it to one, and
-with a tall W on CUDA (`vector`), the logits of a decoded token.
+on CUDA (`vector`) with a tall W, the logits of a decoded token, or, in a captured step, with any.
 
 On a CPU a column-major W (I,O) is cut along I: each core sums its own columns, as a batch of products, and the shares
 are added. Measured on two cores in fp32: 1.7 to 2.0 times the whole product, from 256 x 256 to 8192 x 256.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +21,7 @@ from dovetail.kernels.installed import TRITON
 
 _LEAST = 64  # columns worth a core
 _TALL = 32_768  # rows of W that keep every multiprocessor of a GPU reading
-_TALL_COMPILED = (
-    1  # in a compiled step any: what stands beside a product is taken in, and a call costs the host nothing
-)
+_stepping = False
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,16 +42,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def plan(device: str, dtype: torch.dtype, rows: int, bias: bool = False, compiled: bool = True) -> Plan:
-    """The path of one vector without gradients, for W of so many rows, and why."""
+@contextmanager
+def stepping() -> Iterator[None]:
+    """Inside, one vector is multiplied by own kernels however few rows W has: for steps that are compiled and captured
+    (`sampling.captured`), where what stands beside a product is taken in, and a call costs the host nothing."""
+    global _stepping
+    before, _stepping = _stepping, True
+    try:
+        yield
+    finally:
+        _stepping = before
+
+
+def plan(device: str, dtype: torch.dtype, rows: int, bias: bool = False, step: bool = True) -> Plan:
+    """The path of one vector without gradients, for W of so many rows, and why. step: inside `stepping`."""
     if twins.asked():
         return Plan("torch", twins.WHY)
     if device != "cuda" or not TRITON or dtype == torch.float64 or bias:
         why = "not on CUDA" if device != "cuda" else "a bias" if bias else f"{dtype}" if TRITON else "no Triton"
         return Plan("torch", f"{why}: torch's own product")
-    if rows < (_TALL_COMPILED if compiled else _TALL):
-        return Plan("torch", f"fewer than {_TALL} rows, not compiled: torch's own product, the shorter call")
-    beside = ", and takes in an RMS norm, a gate or a sum beside it" if compiled else ""
+    if rows < _TALL and not step:
+        return Plan("torch", f"fewer than {_TALL} rows, in no captured step: torch's own product, the shorter call")
+    beside = ", and takes in an RMS norm, a gate or a sum beside it" if step else ""
     return Plan("vector", f"one vector on CUDA: an own kernel, which reads the weight once{beside}")
 
 
@@ -59,8 +72,7 @@ def _by_vector(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cuda" or x.numel() != weight.shape[1]:
         return False
     fits = isinstance(weight, nn.Parameter) and x.dtype == weight.dtype and weight.stride(1) == 1 and not autocasts(x)
-    rows, compiled = weight.shape[0], torch.compiler.is_compiling()
-    return fits and plan("cuda", x.dtype, rows, bias is not None, compiled).path == "vector"
+    return fits and plan("cuda", x.dtype, weight.shape[0], bias is not None, _stepping).path == "vector"
 
 
 def _threads() -> int:

@@ -47,7 +47,7 @@ def plan_linear(device: str, rows: int, dtype: torch.dtype, block: int | None, w
         return Plan(
             "dense", f"more than {MOST_ROWS} rows, or none, or fp64: the dense weight, read once for all of them"
         )
-    if not ((block == width and width % 8 == 0) or (block >= LEAST_BLOCK and block & (block - 1) == 0)):
+    if not (block >= LEAST_BLOCK and (block & (block - 1) == 0 or (block == width and width % 8 == 0))):
         return Plan("dense", f"groups neither whole rows nor powers of two of at least {LEAST_BLOCK}: the dense weight")
     if not TRITON:
         return Plan("dense", "Triton is not installed: the dense weight for the length of the product")

@@ -25,7 +25,7 @@ from dovetail.kernels.attention.triton.few_queries import BLOCK
 from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION
 from dovetail.kernels.attention.triton.tiles import seen
 from dovetail.kernels.chunks import ceil_div, padded, roomy
-from dovetail.kernels.overlap import all_before, launched
+from dovetail.kernels.overlap import launched, pass_on
 
 BLOCKS = 128  # of those of `ranges` that are looked up at a time
 SPLITS = 128  # at most
@@ -112,7 +112,7 @@ def attend(  # type: ignore[no-untyped-def]
     are its value, as those of latents are (DeepSeek-AI 2024, section 2.1).
     """
     if EARLY:
-        all_before()
+        pass_on()
     within, row, split = tl.program_id(0) % each, (tl.program_id(0) // each).to(tl.int64), tl.program_id(1)
     group, block = within % groups, within // groups
     r = block * ROWS + tl.arange(0, ROWS)
@@ -190,7 +190,7 @@ def merge(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One query of one head: out (N,VALUES) and lse (N,) from parts (splits,N,VALUES) and levels (splits,N), N = B·T·H."""
     if EARLY:
-        all_before()
+        pass_on()
     n, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     split, e = tl.arange(0, SPLITS), tl.arange(0, E)
     level = tl.load(levels + split * N + n, mask=split < splits, other=-float("inf"))
