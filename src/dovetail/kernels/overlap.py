@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def overlaps() -> bool:
     """Whether the GPU at hand can."""
-    if not torch.cuda.is_available() or triton.knobs.runtime.interpret or torch.version.hip is not None:
+    if not torch.cuda.is_available() or knobs.runtime.interpret or torch.version.hip is not None:
         return False
     return _from_hopper_on(torch.cuda.current_device())
 
