@@ -144,6 +144,7 @@ def _backward(
             q, k, w, do, since, left, whole, dend, de, dstates, dstart, *qs, *ks, *os, *sizes, N, L, W, columns,
             **launch,  # type: ignore[arg-type]
         )  # fmt: skip
+        # Of 16 columns two groups of four warps would have 8 each, of which Triton 3.6 reads more (triton-lang/triton#10629).
         tiles_back.scores_back[(N, B * H)](
             q, k, v, beta, inverse, errors, de, do, decay, documents, y, dv, dscores, dsystem, dbeta[-1], dlog[-1],
             *qs, *ks, *vs, *os, *sizes, *flags, L, W, V, num_stages=1, num_warps=8 if V > 16 else 4,  # type: ignore[arg-type]

@@ -89,7 +89,9 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _sizes(q: Tensor, v: Tensor) -> Sizes:
-    return sizes(q.shape[0] * q.shape[1], q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
+    found = sizes(q.shape[0] * q.shape[1], q.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
+    # Of 16 columns two groups of four warps would have 8 each, of which Triton 3.6 reads more (triton-lang/triton#10629).
+    return found if min(q.shape[3], v.shape[3]) > 16 else found._replace(warps=4)
 
 
 @_forward.register_fake
