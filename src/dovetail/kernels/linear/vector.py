@@ -31,14 +31,16 @@ class Launch(NamedTuple):
     warps: int
 
 
-TALL, LONG = 32_768, 4096
+TALL, SHORT, LONG = 32_768, 2048, 4096
 
 
-def launch(rows: int, width: int, plain: bool) -> Launch:
-    """Found by `bench/vector_product.py --sweep` on an H200 for the maps of Llama's 1B and 8B. plain: in two bytes, and
-    neither norm nor gate, whose columns would not find room in the registers of one warp."""
+def launch(rows: int, width: int, gated: bool, plain: bool) -> Launch:
+    """Found by `bench/vector_product.py --sweep` on an H200 for the maps of Llama's 1B and 8B. gated: W is two halves. plain:
+    in two bytes, and neither norm nor gate, whose columns would not find room in the registers of one warp."""
     if rows >= TALL:
         return Launch(2, 2048, 4)
+    if gated and width <= SHORT:
+        return Launch(8, 512, 2)
     return Launch(2, 2048, 1) if width > LONG and plain else Launch(4, 1024, 4)
 
 
@@ -59,7 +61,8 @@ def step(
     """
     rows, width = weight.shape[0] // (1 if activation is None else 2), weight.shape[1]
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
-    tile = launch(weight.shape[0], width, scale is None and activation is None and x.element_size() == 2)
+    gated = activation is not None
+    tile = launch(weight.shape[0], width, gated, scale is None and not gated and x.element_size() == 2)
     columns = min(tile.columns, triton.next_power_of_2(width))
     each = max(1, tile.rows // (1 if activation is None else 2))
     kernel: Any = _step  # a launch takes more than its signature says
