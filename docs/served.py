@@ -16,7 +16,7 @@ import torch
 
 import dovetail as dt
 from dovetail.errors import BuildError, DataError
-from dovetail.kernels.attention.plan import Plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.init import Normal
 from dovetail.parts.weights import Linear
 from dovetail.spec import Entry, Slot, Spec, entries, entry

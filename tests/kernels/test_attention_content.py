@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import dovetail as dt
-from dovetail.kernels.attention import Plan, attend, triton
+from dovetail.kernels.attention import attend, triton
 from dovetail.kernels.attention.triton import sizes
+from dovetail.kernels.plan import Plan
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
 from dovetail.parts.mask import Causal, Full

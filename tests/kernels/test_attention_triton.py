@@ -15,7 +15,6 @@ from dovetail.kernels.attention import (
     Content,
     Coords,
     Distance,
-    Plan,
     Region,
     RelativeLogits,
     Score,
@@ -29,6 +28,7 @@ from dovetail.kernels.attention import (
     triton,
 )
 from dovetail.kernels.attention.triton import content, operator, sizes
+from dovetail.kernels.plan import Plan
 from dovetail.parts.context import Context
 from dovetail.parts.init import Normal
 from dovetail.parts.mask import Band, Beyond, Causal, Dilated, Document, Full, Globals, Mask, Prefix, Window

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import mixed_chunk as kernel
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.mixed_chunk import Heads, reference
+from dovetail.kernels.plan import Plan
 from dovetail.parts.context import Context
 
 GPU = torch.cuda.is_available()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import dovetail as dt
 from dovetail.kernels import attention
-from dovetail.kernels.attention import BoundMask, Coords, Plan, Score, Side, plan, reference, triton
+from dovetail.kernels.attention import BoundMask, Coords, Score, Side, plan, reference, triton
 from dovetail.kernels.attention.triton import few_queries
+from dovetail.kernels.plan import Plan
 from dovetail.parts.mask import Band, Beyond, Causal, Dilated, Document, Full, Mask, Prefix, Window
 from dovetail.parts.state import FAR
 

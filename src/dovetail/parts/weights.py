@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.linear import fp8, linear
 from dovetail.kernels.linear import plan as linear_plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.storage.base import Storage, Stored
 from dovetail.spec import Slot

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dovetail.kernels import twins
 from dovetail.kernels.adamw import reference
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.counted import device_type
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 
 LEAST = 2**16  # entries; what is smaller is cheaper together, as torch's fused step has it
 _UNIT = 16  # of which sizes are multiples, so that 16 bytes are read at once

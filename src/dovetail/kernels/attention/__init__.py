@@ -13,7 +13,7 @@ from torch import Tensor
 from dovetail.kernels import twins
 from dovetail.kernels.attention import bands, flex, reference, regions, sdpa, triton
 from dovetail.kernels.attention.coords import Ahead, Both, BoundMask, Coords, Rule, Side, Span
-from dovetail.kernels.attention.plan import Plan, plan
+from dovetail.kernels.attention.plan import plan
 from dovetail.kernels.attention.reference import Region
 from dovetail.kernels.attention.regions import merge
 from dovetail.kernels.attention.score import Content, Distance, RelativeLogits, Score, Term, Toeplitz
@@ -78,6 +78,6 @@ def _scale(q: Tensor, score: Score | None, scale: float | None) -> float:
 
 
 __all__ = [
-    "Ahead", "Both", "BoundMask", "Content", "Coords", "Distance", "Plan", "Region", "RelativeLogits", "Rule", "Score", "Side", "Span", "Term", "Toeplitz", "attend", "attend_lse",
+    "Ahead", "Both", "BoundMask", "Content", "Coords", "Distance", "Region", "RelativeLogits", "Rule", "Score", "Side", "Span", "Term", "Toeplitz", "attend", "attend_lse",
     "attend_regions", "merge", "plan", "reference",
 ]  # fmt: skip

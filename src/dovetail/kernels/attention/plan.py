@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,22 +12,8 @@ from dovetail.kernels.attention.bands import TILE
 from dovetail.kernels.attention.coords import BoundMask, Coords, Rule, Side
 from dovetail.kernels.attention.score import Score
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The path taken ("sdpa", "flex", "bands", "tiled", "triton", "split keys", "regions", "reference") and why, for people."""
-
-    path: str
-    why: str
-
-    def falls_back(self, device: str) -> bool:
-        """Whether it is plain torch where others of `device` have a kernel: the reference, cut to fit the memory."""
-        return self.path in (_PLAIN | _PLAIN_ON_CUDA if device.startswith("cuda") else _PLAIN)
-
-
-_PLAIN = {"reference", "tiled", "step by step"}
-_PLAIN_ON_CUDA = {"bands", "chunked", "scan", "plain"}
 _BAND = 64  # queries from which bands win on a CPU
 _SPARSE = (
     0.35  # share of tiles below which bands win on a CPU in fp32: a tile costs them up to twice what it costs SDPA

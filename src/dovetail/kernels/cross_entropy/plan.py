@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 
 
 def plan(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dovetail.errors import DataError
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.counted import device_type
 from dovetail.kernels.gate import reference
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.linear import fp8, linear
+from dovetail.kernels.plan import Plan
 
 ACTIVATIONS = tuple(reference.FORMULAS)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

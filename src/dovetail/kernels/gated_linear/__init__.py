@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
 from dovetail.kernels.gated_linear import chunked, reference
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 
 WIDEST = 256  # of keys and of values, of which a GPU's tiles hold a whole row
 

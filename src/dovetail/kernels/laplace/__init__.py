@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import pointwise, twins
-from dovetail.kernels.attention import BoundMask, Plan, Score
+from dovetail.kernels.attention import BoundMask, Score
 from dovetail.kernels.laplace import reference
+from dovetail.kernels.plan import Plan
 
 MEAN, DEVIATION = math.sqrt(0.5), math.sqrt(0.25 / math.pi)  # with which it is nearest to relu² around √½
 

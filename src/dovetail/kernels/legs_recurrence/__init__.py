@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.legs_recurrence import reference, walk
+from dovetail.kernels.plan import Plan
 
 CHUNK = 16  # tokens: products of all rows' chunks fill a GPU, and what is read for the walk grows with it
 ENTRIES = 2**28  # of all matrices together: 1 GB in fp32

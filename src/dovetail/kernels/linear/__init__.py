@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 
 _LEAST = 64  # columns worth a core
 _TALL = 32_768  # rows of W that keep every multiprocessor of a GPU reading

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.linear_attention.spans import WIDEST
+from dovetail.kernels.plan import Plan
 
 
 def plan(

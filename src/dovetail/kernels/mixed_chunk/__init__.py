@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import autocasts
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.mixed_chunk import chunked, reference
 from dovetail.kernels.mixed_chunk.step import Past, after, step
+from dovetail.kernels.plan import Plan
 
 WIDEST = 256  # of queries and keys, of which a GPU's tiles hold whole ones; values may have any width
 

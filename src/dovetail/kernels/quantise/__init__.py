@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dovetail.kernels.quantise import reference
 from dovetail.kernels.quantise.levels import DYNAMIC, NF4
-from dovetail.kernels.quantise.plan import Plan, plan, plan_linear
+from dovetail.kernels.quantise.plan import plan, plan_linear
 from dovetail.kernels.quantise.reference import (
     dequantise_int8,
     dequantise_levels,
@@ -47,6 +47,6 @@ def linear(x: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
 
 
 __all__ = [
-    "DYNAMIC", "NF4", "Plan", "Rows", "dequantise_int8", "dequantise_levels", "dequantise_packed", "dequantise_rows",
+    "DYNAMIC", "NF4", "Rows", "dequantise_int8", "dequantise_levels", "dequantise_packed", "dequantise_rows",
     "linear", "pack", "plan", "plan_linear", "quantise_int4", "quantise_int8", "quantise_levels",
 ]  # fmt: skip

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from dovetail.kernels import twins
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 
 MOST_ROWS = 32  # beyond them a weight's dequantising is small beside its product
 LEAST_BLOCK = 32  # products of tiles take 16 at least, and with so few Triton 3.6 multiplies int4 wrongly on an H200
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The path taken ("plain" or "triton") and the reason, for people."""
-
-    path: str
-    why: str
 
 
 def plan(device: str) -> Plan:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.counted import device_type
 from dovetail.kernels.installed import TRITON
+from dovetail.kernels.plan import Plan
 from dovetail.kernels.rotary import reference
 from dovetail.kernels.rotary.layout import Heads, Turning
 from dovetail.kernels.rotary.reference import turn

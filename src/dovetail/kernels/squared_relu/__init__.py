@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dovetail.kernels import pointwise, twins
-from dovetail.kernels.attention import BoundMask, Plan, Score
+from dovetail.kernels.attention import BoundMask, Score
+from dovetail.kernels.plan import Plan
 from dovetail.kernels.squared_relu import reference
 
 

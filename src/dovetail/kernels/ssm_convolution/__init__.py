@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import twins
-from dovetail.kernels.attention import Plan
+from dovetail.kernels.plan import Plan
 from dovetail.kernels.ssm_convolution import products, reference
 from dovetail.kernels.ssm_convolution.krylov import dense_kernel
 from dovetail.kernels.ssm_convolution.vandermonde import diagonal_kernel

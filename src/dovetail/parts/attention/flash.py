@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.mixed_chunk import Heads, Past, mixed_chunk, plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.attention.gau import Affine, Gated, GatedModule
 from dovetail.parts.attention.kernelised import built_position, zeros
 from dovetail.parts.context import Context, refuse_memory

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Coords, Plan, Score
+from dovetail.kernels.attention import Coords, Score
+from dovetail.kernels.plan import Plan
 from dovetail.parts.activation import Silu
 from dovetail.parts.attention.normaliser import Normaliser, SoftmaxPlus
 from dovetail.parts.attention.options import check_options, plans_of, score_like

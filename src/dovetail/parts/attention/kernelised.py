@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.linear_attention import plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.attention.options import by_name
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.position.base import PositionModule, check_axes, check_hooks

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import BoundMask, Coords, Plan, attend, plan
+from dovetail.kernels.attention import BoundMask, Coords, attend, plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.attention.options import plans_of
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.mask import Causal, Full, Mask, interned, narrowed

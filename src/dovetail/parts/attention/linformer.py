@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import DataError
-from dovetail.kernels.attention import Plan, attend, plan
+from dovetail.kernels.attention import attend, plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.attention.low_rank import check_place, refuse_packed
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.weights import Linear, Rng

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import BoundMask, Coords, Plan, Side
+from dovetail.kernels.attention import BoundMask, Coords, Side
 from dovetail.kernels.attention.rounds import INDEX, Near, attend_rounds, attend_sorted, sorting
+from dovetail.kernels.plan import Plan
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.state import FAR, KVState, Room
 from dovetail.parts.weights import Linear

@@ -19,7 +19,6 @@ from dovetail.kernels.attention import (
     BoundMask,
     Content,
     Coords,
-    Plan,
     Region,
     Score,
     Term,
@@ -27,6 +26,7 @@ from dovetail.kernels.attention import (
     attend_regions,
     plan,
 )
+from dovetail.kernels.plan import Plan
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.ranges import Count
 

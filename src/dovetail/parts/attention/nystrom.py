@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import BoundMask, Coords, Plan, Side, attend, plan
+from dovetail.kernels.attention import BoundMask, Coords, Side, attend, plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.attention.low_rank import check_place, refuse_packed
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.mask import Padding

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Content, Plan, RelativeLogits, Score, Toeplitz
+from dovetail.kernels.attention import Content, RelativeLogits, Score, Toeplitz
+from dovetail.kernels.plan import Plan
 from dovetail.parts.context import Context
 from dovetail.parts.mask import Mask
 from dovetail.parts.position.base import PositionModule, adds_values

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.linear_attention import linear_attention
+from dovetail.kernels.plan import Plan
 from dovetail.parts.activation import Silu
 from dovetail.parts.attention.kernelised import built_position, check_heads, plans_of, refuse_encoder, zeros
 from dovetail.parts.context import Context, refuse_memory

@@ -14,7 +14,6 @@ from dovetail.kernels.attention import (
     Ahead,
     BoundMask,
     Coords,
-    Plan,
     Region,
     Score,
     Side,
@@ -22,6 +21,7 @@ from dovetail.kernels.attention import (
     attend_regions,
     plan,
 )
+from dovetail.kernels.plan import Plan
 from dovetail.kernels.rotary import Heads
 from dovetail.parts.adaptable import Adaptable
 from dovetail.parts.attention.options import by_name, check_options, plans_of, score_like

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dovetail.kernels import gate
-from dovetail.kernels.attention import Plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.activation import Silu
 from dovetail.parts.weights import Drops, Linear
 from dovetail.spec import Slot, Spec, register

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.delta_rule import delta_rule, plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.activation import Silu
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.norm import L2Norm, RmsNorm

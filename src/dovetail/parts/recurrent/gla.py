@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.gated_linear import gated_linear, plan
+from dovetail.kernels.plan import Plan
 from dovetail.parts.activation import Silu
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.norm import RmsNorm

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from dovetail.errors import BuildError
 from dovetail.kernels import legs_recurrence as legs
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
+from dovetail.kernels.plan import Plan
 from dovetail.parts.context import Context, refuse_memory
 from dovetail.parts.state import Room, VectorState
 from dovetail.parts.weights import Linear

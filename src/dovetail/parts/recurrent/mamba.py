@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
+from dovetail.kernels.plan import Plan
 from dovetail.kernels.ssm_scan import plan, selective_scan
 from dovetail.parts.activation import Silu
 from dovetail.parts.context import Context, refuse_memory

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dovetail.errors import BuildError
-from dovetail.kernels.attention import Plan
 from dovetail.kernels.chunks import without_autocast
+from dovetail.kernels.plan import Plan
 from dovetail.kernels.ssm_convolution import convolve, plan
 from dovetail.parts.activation import Gelu
 from dovetail.parts.context import Context, refuse_memory

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dovetail.errors import CheckpointError
 from dovetail.kernels import quantise
+from dovetail.kernels.plan import Plan
 from dovetail.spec import Spec
 
 
@@ -56,7 +57,7 @@ class Stored(nn.Module, ABC):
             return F.linear(x, self.dense(x.dtype), bias)
         return _Linear.apply(x, bias, self)  # type: ignore[no-any-return]
 
-    def plan(self, device: str, x: Tensor) -> quantise.Plan:
+    def plan(self, device: str, x: Tensor) -> Plan:
         """How `linear` multiplies without gradients on such a device, and why."""
         width = self.shape[-1]
         return quantise.plan_linear(device, x.numel() // width, x.dtype, self.group, width)
