@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dovetail.kernels import twins
 from dovetail.kernels.linear import fp8, linear
 from dovetail.kernels.linear import plan as linear_plan
 from dovetail.kernels.plan import Plan
@@ -42,6 +43,7 @@ class Linear(Adaptable, nn.Linear):
 
     stored: Stored | None  # no class attribute: it would hide the submodule
     in_fp8 = False  # whether its products are in 8 bits where gradients are taken: `training.fp8`
+    read_whole = False  # whether its part multiplies by `matrix()` itself
 
     def __init__(
         self,
@@ -80,10 +82,13 @@ class Linear(Adaptable, nn.Linear):
 
     def plain(self, x: Tensor) -> Tensor:
         """W x + b without adapters and multiplier."""
-        if self.in_fp8 and torch.is_grad_enabled():
+        if self._eighths():
             y = fp8.linear(x, self.weight)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         return linear(x, self.weight, self.bias) if self.stored is None else self.stored.linear(x, self.bias)
+
+    def _eighths(self) -> bool:
+        return self.in_fp8 and torch.is_grad_enabled() and not twins.asked()
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which kernel would train it, where that is not torch's own, and run a step of one row on CUDA, and why."""
@@ -96,7 +101,12 @@ class Linear(Adaptable, nn.Linear):
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop alone: one map of several that are fused."""
         weight, bias = self.effective(self.dense(), self.bias)
-        y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+        weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
+        if self._eighths() and len(weight) % fp8.MULTIPLE == 0:
+            y = fp8.linear(x, weight)
+            y = y if bias is None else y + bias.to(y.dtype)
+        else:
+            y = F.linear(x, weight, bias)
         return y if self.multiplier == 1.0 else y * self.multiplier
 
     def matrix(self) -> Tensor:
@@ -109,7 +119,7 @@ class Linear(Adaptable, nn.Linear):
 
     def keep(self, storage: Storage) -> None:
         """From now on the weight is frozen and kept as `storage` says. Raises CheckpointError."""
-        self.stored = storage.store(self.weight.data)
+        self.stored, self.in_fp8 = storage.store(self.weight.data), False
         self.weight = None  # type: ignore[assignment]
 
     @property

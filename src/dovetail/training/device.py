@@ -44,7 +44,9 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether torch has products in fp8 there: CUDA from Ada on, CPUs."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"
 
 
 def precision(wanted: str, device: torch.device) -> str:
@@ -70,7 +72,7 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         name = torch.cuda.get_device_name(device)
         for known, rate in _PEAKS.items():
             if known in name:
-                return rate, f"data sheet, {known}"
+                return rate, f"data sheet, {known}, bf16"
     size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")

@@ -123,6 +123,8 @@ class Preflight:
             seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
             parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")
         how = "from the dry run" if self.dry_run else f"at an assumed MFU of {_MFU:.0%}"
+        if t.fp8:
+            parts.append(f"products in 8 bits: {', '.join(t.fp8)}")
         parts.append(f"{t.steps} steps of {t.accumulate} x {t.batch} rows: {_span(self.hours)} ({how})")
         parts.extend(Text(f"does not fit; try {line}", style="yellow") for line in self.advice)
         if self.cut:
@@ -246,7 +248,7 @@ def _step(recipe: Recipe, device: torch.device, frozen: float) -> Step:
         narrow = isinstance(recipe.model, str) and rounded == "bf16"
         model = model.to(torch.bfloat16) if narrow else model
         adapt(model, recipe.adapter)  # type: ignore[arg-type]
-    multiply_in_fp8(model, t.fp8)
+    multiply_in_fp8(model, t.fp8, device)
     storage: Any = recipe.storage
     return Step(model, t.batch, t.length, t.accumulate, rounded, t.compile, bool(t.ema), frozen, storage)
 

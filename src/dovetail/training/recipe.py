@@ -144,7 +144,7 @@ class Recipe(Section):
         if recipe.train.fp8 and recipe.adapter is not None:
             raise SpecError(
                 "products in 8 bits are for weights that are trained, and an adapter leaves them frozen",
-                where=f"{where}.train.fp8", remedy="leave it out, or give storage: {kind: int8}",
+                where=f"{where}.train.fp8", remedy="leave it out",
             )  # fmt: skip
         if recipe.train.plain and any(fast.values()):
             raise SpecError(

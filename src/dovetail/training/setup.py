@@ -19,7 +19,7 @@ from dovetail.data.generated import Generated, GeneratedRows, GeneratedSet, writ
 from dovetail.data.labelled import Labelled, LabelledSet
 from dovetail.data.rows import Rows
 from dovetail.data.spans import sentinels
-from dovetail.errors import SpecError, UserError
+from dovetail.errors import SpecError
 from dovetail.hub.save import COMPANIONS
 from dovetail.models import build
 from dovetail.objectives import Objective
@@ -29,7 +29,7 @@ from dovetail.objectives.span_corruption import SpanCorruption
 from dovetail.parts.containers import StackModule
 from dovetail.spec import Entry, Spec, entry, entry_of
 from dovetail.surgery import quantise
-from dovetail.training.device import choose, multiplies_fp8, precision, total_memory
+from dovetail.training.device import choose, precision, total_memory
 from dovetail.training.fp8 import multiply_in_fp8
 from dovetail.training.questions import rows_for
 from dovetail.training.recipe import Recipe, TokenizerTraining
@@ -64,10 +64,6 @@ class Parts:
 def set_up(recipe: Recipe) -> Parts:
     """Tokenizer, token sets and the model on its device, everything seeded. Raises UserErrors."""
     device = choose(recipe.train.device)
-    if recipe.train.fp8 and not multiplies_fp8(device):
-        raise UserError(
-            "this GPU multiplies no fp8", where="train.fp8", remedy="leave it out: Ada, Hopper and later do"
-        )
     seed_all(recipe.train.seed)
     labelled = labelled_sets(recipe)
     tokenizer: Any = load_tokenizer(recipe) if labelled is None else None
@@ -192,7 +188,7 @@ def make_model(recipe: Recipe, tokenizer: hub.Tokenizer, device: torch.device, l
         load_adapter(model, folder, name=name)
     if recipe.adapter is not None:
         adapt(model, recipe.adapter, seed=recipe.train.seed)  # type: ignore[arg-type]
-    multiply_in_fp8(model, recipe.train.fp8)
+    multiply_in_fp8(model, recipe.train.fp8, device)
     return model
 
 

@@ -51,12 +51,14 @@ def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool = Fals
 
     Raises DataError as `gated` does.
     """
+    in_fp8 = in_fp8 and torch.is_grad_enabled() and not twins.asked()
     if torch.is_grad_enabled() and weight.requires_grad and _path(both, activation) == "triton":
         from dovetail.kernels.gate import operator
 
-        return operator.projected(both, activation, weight.to(both.dtype) if autocasts(both) else weight, in_fp8)
+        alike = weight if in_fp8 or not autocasts(both) else weight.to(both.dtype)
+        return operator.projected(both, activation, alike, in_fp8)
     out = gated(both, activation)
-    return fp8.linear(out, weight) if in_fp8 and torch.is_grad_enabled() else linear(out, weight)
+    return fp8.linear(out, weight) if in_fp8 else linear(out, weight)
 
 
 def plan(activation: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:

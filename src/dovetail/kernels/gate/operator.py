@@ -27,14 +27,14 @@ def gated(both: Tensor, activation: str) -> Tensor:
 
 
 def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool) -> Tensor:
-    """gated(both) Wᵀ (..., O), W (O,h) of the same type, which keeps what `gated` does: the output of the gate, which the
+    """gated(both) Wᵀ (..., O), W (O,h) of the same type (but in_fp8), which keeps what `gated` does: the output of the gate, which the
     weight's gradient is made of, comes out of the gate's backward once more. in_fp8: products by `linear.fp8`."""
     known = both.detach()
     out = reference.gated(known, activation) if torch.compiler.is_compiling() else _forward(known, activation)
     if not in_fp8:
         return _Projects.apply(both, weight, F.linear(out, weight.detach()), activation)  # type: ignore[no-any-return]
     left, right = fp8.rounded(fp8.filled(out)), fp8.rounded(weight.detach())
-    y = fp8.product(left, right, out.dtype, exact=False)[: out.numel() // out.shape[-1]].view(*out.shape[:-1], -1)
+    y = fp8.emptied(fp8.product(left, right, fp8.narrow(out), fast=True), out.shape)
     return _ProjectsInFp8.apply(both, weight, y, left.scale, right.scale, activation)  # type: ignore[no-any-return]
 
 
@@ -69,8 +69,8 @@ class _ProjectsInFp8(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         both, weight, scale, weight_scale = ctx.saved_tensors
         d = fp8.rounded(fp8.filled(d_y), fp8.GRADIENT)
-        d_out = fp8.input_gradient(d, weight, weight_scale, both.dtype)[: d_y.numel() // d_y.shape[-1]]
-        d_both, out = _backward_again(d_out.view(*d_y.shape[:-1], -1), both, ctx.activation)
+        d_out = fp8.emptied(fp8.input_gradient(d, weight, weight_scale, both.dtype), d_y.shape)
+        d_both, out = _backward_again(d_out, both, ctx.activation)
         d_weight = fp8.weight_gradient(d, fp8.rounded(fp8.filled(out), scale=scale), weight.dtype)
         return d_both, d_weight, None, None, None, None
 

@@ -1,5 +1,5 @@
 """y = x Wᵀ + b. torch's own, save for one vector: on several cores of a CPU, whose matrix library leaves it to one, and
-on CUDA (`vector`) with a tall W, the logits of a decoded token, or, in a captured step, with any.
+on CUDA (`vector`) with a tall W, the logits of a decoded token, or, in a captured step, with any (no bias, no autocast).
 
 On a CPU a column-major W (I,O) is cut along I: each core sums its own columns, as a batch of products, and the shares
 are added. Measured on two cores in fp32: 1.7 to 2.0 times the whole product, from 256 x 256 to 8192 x 256.
@@ -45,7 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @contextmanager
 def stepping() -> Iterator[None]:
     """Inside, one vector is multiplied by own kernels however few rows W has: for steps that are compiled and captured
-    (`sampling.captured`), where what stands beside a product is taken in, and a call costs the host nothing."""
+    (`sampling.captured`), where what stands beside a product is taken in, and a call costs the host nothing. It holds for
+    the whole process: one step at a time."""
     global _stepping
     before, _stepping = _stepping, True
     try:

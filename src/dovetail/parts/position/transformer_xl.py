@@ -52,6 +52,7 @@ class TransformerXLModule(PositionModule):
             )
         self.slot = slot
         self.r = Linear(slot.dim, slot.heads * width, slot=slot, role="key")
+        self.r.read_whole = True
         self.u, self.v = (nn.Parameter(torch.empty(slot.heads, width)) for _ in range(2))
 
     def initialise(self, rng: Rng) -> None:

@@ -56,6 +56,7 @@ class HippoRnnModule(nn.Module):
         self.read = Linear(slot.dim, 1 + 2 * self.hidden, slot=slot, bias=True, parts=(("in", 1), *both))
         self.told = Linear(self.hidden, 1, slot=slot)
         self.recall = Linear(self.order, 2 * self.hidden, slot=slot, parts=both)
+        self.told.read_whole = self.recall.read_whole = True
         same = self.hidden == slot.width_out
         self.out = None if same else Linear(self.hidden, slot.width_out, slot=slot, role="residual")
 
