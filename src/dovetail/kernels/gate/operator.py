@@ -26,7 +26,7 @@ def gated(both: Tensor, activation: str) -> Tensor:
     return _forward(both, activation)
 
 
-def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool) -> Tensor:
+def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool = False) -> Tensor:
     """gated(both) Wᵀ (..., O), W (O,h) of the same type (but in_fp8), which keeps what `gated` does: the output of the gate, which the
     weight's gradient is made of, comes out of the gate's backward once more. in_fp8: products by `linear.fp8`."""
     known = both.detach()
