@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels.attention.coords import BoundMask, Span
+from dovetail.kernels.attention.triton.shapes import BLOCK
 from dovetail.kernels.operation import operation
 
 QUERIES = 16  # at most: a step of decoding, or the tokens that a draft has guessed
 WIDEST = 576  # of a head's queries, keys and values: a latent of 512 and its turned part
 WIDEST_FP32 = 256  # where these are fp32: of more no tile fits
 _VALUES = 512  # widest values at a time
-BLOCK = 256  # keys that have a pair of bounds: the first and the last of them that are seen
 
 
 def attend(

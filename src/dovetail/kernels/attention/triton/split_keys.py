@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dovetail.kernels.attention.coords import Span
-from dovetail.kernels.attention.triton.few_queries import BLOCK
 from dovetail.kernels.attention.triton.launch import LOG2E, PRECISION
+from dovetail.kernels.attention.triton.shapes import BLOCK
 from dovetail.kernels.attention.triton.tiles import seen
 from dovetail.kernels.chunks import ceil_div, padded, roomy
 from dovetail.kernels.overlap import launched, pass_on
