@@ -212,7 +212,7 @@ def compare(
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, of a recipe whose arms train.")] = 1,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", help="Only this arm, of a recipe with `base` or `at`; may be repeated."),
+        typer.Option("--only", help="Run only this arm, of a recipe with `base` or `at`; may be repeated."),
     ] = None,
     as_json: Json = False,
 ) -> None:

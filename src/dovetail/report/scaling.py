@@ -33,7 +33,7 @@ from dovetail.report.cost import machine, peak, state_bytes, versions
 from dovetail.report.plain import plain
 from dovetail.report.processes import processes
 from dovetail.report.scaling_page import DECODE, FORWARD, STEP, Cell, Measured, Scaled
-from dovetail.report.study_recipe import chosen, said_only, slug
+from dovetail.report.study_recipe import chosen, said_only, slug, with_kept
 from dovetail.report.written import write
 from dovetail.spec import Spec
 from dovetail.spec.spec import validate
@@ -173,23 +173,27 @@ def scaling(
 
     Every cell is kept under out/runs as soon as it was measured, and not measured again while recipe, device and versions
     are the same (a kernel that was changed is no other version: remove its arm's folder). What does not fit into memory
-    is said so, and longer lengths of it are left out. only: names of the arms that are measured and reported, all unless
-    given. Raises SpecError and BuildError for a recipe that does not fit or has no such arm, and RunError, once every other
+    is said so, and longer lengths of it are left out. only: names of the arms that are measured, all unless given; those
+    are reported, and with them every arm that was measured to its end. Raises SpecError and BuildError for a recipe that does not fit or has no such arm, and RunError, once every other
     arm was measured, for an arm that failed in another way.
     """
     given = dict(recipe) if isinstance(recipe, Mapping) else recipe
-    asked = (given if isinstance(given, Scaling) else Scaling.load(given, overrides)).only(only)
+    whole = given if isinstance(given, Scaling) else Scaling.load(given, overrides)
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
-    target, console = Path(out or asked.out), Console(stderr=True, quiet=quiet)
+    target, console = Path(out or whole.out), Console(stderr=True, quiet=quiet)
     bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    where, failed = machine(choose(asked.device)), {}
+    where, failed = machine(choose(whole.device)), {}
+
+    def ended(arm: Arm) -> bool:
+        return bool(_kept(target / "runs" / slug(arm.name) / "found.json", _key(whole, arm, where)).get("ended"))
+
+    asked = with_kept(whole, only, ended)
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("arms", total=len(asked.arms))
         for arm in asked.arms:
             progress.update(task, description=arm.name)
             path, key = target / "runs" / slug(arm.name) / "found.json", _key(asked, arm, where)
-            done = bool(_kept(path, key).get("ended"))
-            if not done and (error := _apart(asked, arm, key, path)) is not None:
+            if not ended(arm) and (error := _apart(asked, arm, key, path)) is not None:
                 failed[arm.name] = error
             progress.advance(task)
     if failed:
@@ -204,7 +208,7 @@ def scaling(
         date=datetime.date.today().isoformat(),
         device=where,
         versions=versions(),
-        command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, only)]),
+        command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, whole.arms)]),
         arms=tuple(_arm(asked, arm, target / "runs" / slug(arm.name) / "found.json") for arm in asked.arms),
         recipe=plain(asked),
     )

@@ -32,7 +32,7 @@ from dovetail.report.plain import plain
 from dovetail.report.processes import processes
 from dovetail.report.scores import generate_scores, nearest, questions, score
 from dovetail.report.study_page import Curve, Found, Row
-from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, said_only, slug
+from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, said_only, slug, with_kept
 from dovetail.report.study_recipe import is_study as is_study
 from dovetail.report.written import write
 from dovetail.training import checkpoint
@@ -56,11 +56,20 @@ def study(
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
     texts and the questions are the same: an interrupted study goes on where it stood, its trainings where a SIGTERM
     found them. A training that diverges is kept as that, and no order is claimed of its arm. only: names of the arms that
-    are run and reported, all unless given; what their runs found serves the whole study too. jobs: runs at a time, each
+    are run, all unless given; those are reported, and with them every arm whose runs are kept. jobs: runs at a time, each
     in a process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out).
     Raises SpecError for a recipe that does not fit or has no such arm, and whatever a run raises.
     """
-    asked = (recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)).only(only)
+    whole = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
+    target = Path(out or whole.out)
+
+    def place(arm: Arm, seed: int) -> Path:
+        return target / "runs" / slug(arm.name) / str(seed)
+
+    def kept(arm: Arm) -> bool:
+        return all(_kept(place(arm, seed), _key(whole, arm, seed)) is not None for seed in whole.seeds)
+
+    asked = with_kept(whole, only, kept)
     if asked.clock is not None and jobs != 1:
         raise SpecError(
             f"a clock beside {jobs} runs at a time, which take the device from each other",
@@ -68,9 +77,8 @@ def study(
             remedy="leave --jobs at 1",
         )
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
-    target = Path(out or asked.out)
     runs = [(arm, seed) for arm in asked.arms for seed in asked.seeds]
-    places = {(arm.name, seed): target / "runs" / slug(arm.name) / str(seed) for arm, seed in runs}
+    places = {(arm.name, seed): place(arm, seed) for arm, seed in runs}
     console = Console(stderr=True, quiet=quiet)
     bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     keys = {(arm.name, seed): _key(asked, arm, seed) for arm, seed in runs}
@@ -120,7 +128,7 @@ def study(
         date=datetime.date.today().isoformat(),
         device=machine(choose(str(asked.base.get("train", {}).get("device", "auto")))),
         versions=versions(),
-        command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, only)]),
+        command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, whole.arms)]),
         seeds=asked.seeds,
         main=asked.claimed,
         titles=asked.titles,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,9 +270,17 @@ def chosen(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return [name for name in known if name in names]
 
 
-def said_only(arms: Sequence[Any], names: Sequence[str]) -> list[str]:
-    """The words of a command that ask for these arms alone: none where no name was given."""
-    return [f"--only {shlex.quote(arm.name)}" for arm in arms] if names else []
+def with_kept(whole: Any, names: Sequence[str], kept: Callable[[Any], bool]) -> Any:
+    """The part of a study that is reported: the arms of these names, all where none is given, and those that are `kept`,
+    of which nothing is left to run. Raises SpecError for a name that no arm has."""
+    asked = whole.only(names)
+    reported = [arm.name for arm in whole.arms if arm in asked.arms or kept(arm)]
+    return whole if len(reported) == len(whole.arms) else whole.only(reported)
+
+
+def said_only(arms: Sequence[Any], whole: Sequence[Any]) -> list[str]:
+    """The words of a command that ask for these arms alone: none where they are all."""
+    return [f"--only {shlex.quote(arm.name)}" for arm in arms] if len(arms) < len(whole) else []
 
 
 def slug(name: str) -> str:
