@@ -266,7 +266,7 @@ def profile(each: Shape, rows: int, steps: int = 8) -> None:
 def attempts(each: Shape, rows: int) -> None:
     """Prints the microseconds of a step that is compiled in other ways."""
     prompt, model = prompts(rows, each.sizes["vocab_size"]), ours(each.sizes)
-    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear._TALL
+    own, usual, tall = triton.OWN, tuned(torch.device(DEVICE), rows), linear.TALL
     inside = captured.stepping
     searched = {"coordinate_descent_tuning": not usual.get("coordinate_descent_tuning", False)}
     searches = "coordinate_descent_tuning"
@@ -284,7 +284,7 @@ def attempts(each: Shape, rows: int) -> None:
     }
     for name, (options, kernels, products) in ways.items():
         with skipped(name):
-            triton.OWN, linear._TALL = kernels, 2**31 if products == "none" else tall
+            triton.OWN, linear.TALL = kernels, 2**31 if products == "none" else tall
             captured.beside = mock.Mock() if products == "bare" else beside
             captured.stepping = inside if products in ("all", "bare") else nullcontext
             start = time.perf_counter()
@@ -294,7 +294,7 @@ def attempts(each: Shape, rows: int) -> None:
             alone = statistics.median(seconds(lambda run=run: [run.step() for _ in range(64)], 3)) / 64
             print(f"{each.name} B{rows}: a step {1e6 * alone:.0f} us, compiled in {first:.0f} s: {name}", flush=True)
         torch.compiler.reset()
-    triton.OWN, linear._TALL, captured.beside, captured.stepping = own, tall, beside, inside
+    triton.OWN, linear.TALL, captured.beside, captured.stepping = own, tall, beside, inside
 
 
 def asked(names: Sequence[str]) -> Iterator[tuple[Shape, int]]:

@@ -189,7 +189,7 @@ def test_a_model_trains_and_evaluates(again: int) -> None:
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, before)
     with twins.plain():
-        assert model(tokens).logits.requires_grad and not model.blocks[0].mixer.qkv._eighths()
+        assert model(tokens).logits.requires_grad and not model.blocks[0].mixer.qkv._multiplies_in_fp8()
     down = model.blocks[0].feedforward.down
     down.keep(Int8())
     assert down(torch.randn(2, 64, device=DEVICE, requires_grad=True)).requires_grad and not down.in_fp8

@@ -82,12 +82,12 @@ class Linear(Adaptable, nn.Linear):
 
     def plain(self, x: Tensor) -> Tensor:
         """W x + b without adapters and multiplier."""
-        if self._eighths():
+        if self._multiplies_in_fp8():
             y = fp8.linear(x, self.weight)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         return linear(x, self.weight, self.bias) if self.stored is None else self.stored.linear(x, self.bias)
 
-    def _eighths(self) -> bool:
+    def _multiplies_in_fp8(self) -> bool:
         return self.in_fp8 and torch.is_grad_enabled() and not twins.asked()
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
@@ -102,7 +102,7 @@ class Linear(Adaptable, nn.Linear):
         """Outputs start..stop alone: one map of several that are fused."""
         weight, bias = self.effective(self.dense(), self.bias)
         weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
-        if self._eighths() and len(weight) % fp8.MULTIPLE == 0:
+        if self._multiplies_in_fp8() and len(weight) % fp8.MULTIPLE == 0:
             y = fp8.linear(x, weight)
             y = y if bias is None else y + bias.to(y.dtype)
         else:

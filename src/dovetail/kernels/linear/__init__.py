@@ -20,7 +20,7 @@ from dovetail.kernels.installed import TRITON
 from dovetail.kernels.plan import Plan
 
 _LEAST = 64  # columns worth a core
-_TALL = 32_768  # rows of W that keep every multiprocessor of a GPU reading
+TALL = 32_768  # rows of W that keep every multiprocessor of a GPU reading
 _stepping = False
 
 
@@ -62,8 +62,8 @@ def plan(device: str, dtype: torch.dtype, rows: int, bias: bool = False, step: b
     if device != "cuda" or not TRITON or dtype == torch.float64 or bias:
         why = "not on CUDA" if device != "cuda" else "a bias" if bias else f"{dtype}" if TRITON else "no Triton"
         return Plan("torch", f"{why}: torch's own product")
-    if rows < _TALL and not step:
-        return Plan("torch", f"fewer than {_TALL} rows, in no captured step: torch's own product, the shorter call")
+    if rows < TALL and not step:
+        return Plan("torch", f"fewer than {TALL} rows, in no captured step: torch's own product, the shorter call")
     beside = ", and takes in an RMS norm, a gate or a sum beside it" if step else ""
     return Plan("vector", f"one vector on CUDA: an own kernel, which reads the weight once{beside}")
 

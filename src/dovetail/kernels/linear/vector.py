@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dovetail.kernels.chunks import ceil_div
 from dovetail.kernels.gate.triton import activated
+from dovetail.kernels.linear import TALL
 from dovetail.kernels.operation import operation
 from dovetail.kernels.overlap import launched, pass_on
 
@@ -31,7 +32,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-TALL, SHORT, LONG = 32_768, 2048, 4096
+SHORT, LONG = 2048, 4096  # columns of W
 
 
 def launch(rows: int, width: int, gated: bool, plain: bool) -> Launch:
@@ -59,12 +60,12 @@ def step(
 
     early: on Hopper and later W is read while the kernel before may still run, which must not be writing it.
     """
-    rows, width = weight.shape[0] // (1 if activation is None else 2), weight.shape[1]
+    gated, width = activation is not None, weight.shape[1]
+    rows = weight.shape[0] // (1 + gated)
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
-    gated = activation is not None
     tile = launch(weight.shape[0], width, gated, scale is None and not gated and x.element_size() == 2)
     columns = min(tile.columns, triton.next_power_of_2(width))
-    each = max(1, tile.rows // (1 if activation is None else 2))
+    each = max(1, tile.rows // (1 + gated))
     kernel: Any = _step  # a launch takes more than its signature says
     with torch.cuda.device_of(x):
         kernel[(ceil_div(rows, each),)](
