@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dovetail.kernels.installed import TRITON
-from dovetail.kernels.linear import linear, plan
+from dovetail.kernels.linear import linear, plan, stepping
 from dovetail.kernels.linear.accumulate import add_product
 
 
@@ -73,6 +75,35 @@ def test_one_vector(rows: int, width: int, dtype: torch.dtype) -> None:
     atol = 4 * torch.finfo(dtype).eps * width**0.5
     with torch.no_grad():
         torch.testing.assert_close(vector.product(x, weight[:, :width]).double(), right, rtol=0, atol=atol)
+        apart = torch.stack([x, torch.randn_like(x)], 1)[:, 0]  # every second number
+        torch.testing.assert_close(vector.product(apart, weight[:, :width]).double(), right, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_a_step_that_a_compiler_sees_on_a_cpu(dtype: torch.dtype, biased: bool, rows: int) -> None:
+    """One vector is sums along rows, in fp32 or better and rounded once; two are torch's product, as all is without a step."""
+    torch.compiler.reset()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    x, weight = torch.randn(rows, 1, 40).to(dtype), torch.randn(70, 40).to(dtype)
+    bias = torch.randn(70).to(dtype) if biased else None
+    right = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    compiled = torch.compile(linear, backend=backend, fullgraph=True)
+    for step in (False, True):
+        with stepping() if step else nullcontext():
+            found = compiled(x, weight, bias)
+        assert found.dtype == dtype and found.shape == right.shape
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), right, rtol=eps, atol=4 * eps * 40**0.5)
+        assert ("sum" in seen) == (step and rows == 1)
+        seen.clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="chosen on CUDA alone")
@@ -106,7 +137,8 @@ def test_the_plan_says_why() -> None:
         plan("cuda", bf16, 64).path == plan("cuda", bf16, 128_256, step=False).path == ("vector" if TRITON else "torch")
     )
     for why, found in {
-        "not on CUDA": plan("cpu", bf16, 64), "a bias": plan("cuda", bf16, 64, bias=True), "no captured step": plan("cuda", bf16, 64, step=False),
+        "not on CUDA": plan("cpu", bf16, 64, step=False), "a bias": plan("cuda", bf16, 64, bias=True), "no captured step": plan("cuda", bf16, 64, step=False),
         "float64": plan("cuda", torch.float64, 64),
     }.items():  # fmt: skip
         assert found.path == "torch" and (why in found.why or not TRITON)
+    assert plan("cpu", bf16, 64, bias=True).path == "rows"

@@ -13,6 +13,7 @@ import dovetail as dt
 from dovetail.errors import RunError, UserError
 from dovetail.sampling import Captured, Sampling, sample, stream
 from dovetail.sampling.decode import Decoding
+from dovetail.surgery.storage import quantise
 
 PROMPTS = [[[5, 6, 7, 8, 9, 10, 11, 12], [3, 4], [9, 8, 7]], [[1], [2, 3, 4, 5, 6], [7, 8]]]
 MIXERS = {
@@ -150,6 +151,41 @@ def test_refusals() -> None:
     pair = {"kind": "encoder_decoder", "vocab": 9, "dim": 32, "decoder_start": 1}
     with pytest.raises(UserError, match="encoder-decoder"):
         Captured(dt.build(pair), 1, 8)
+
+
+def test_one_row_on_a_cpu_is_sums_along_rows_whatever_a_weight_is_kept_in() -> None:
+    """No product is left in its step, and weights stay as they lie."""
+    model = built(MIXERS["rope, groups"])
+    quantise(model, "int8", leave=["blocks.1.*"])
+    prompts, seen = [[5, 6, 7]], list[str]()
+
+    class Seen(Captured):
+        def _compile(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+            seen.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+            return super()._compile(graph, inputs)
+
+    plain = made(model, prompts)
+    found = made(model, prompts, Seen(model, 1, 16, backend="eager"))
+    assert found[0] == plain[0] and not [name for name in seen if "linear" in name or "mm" in name], seen
+    torch.testing.assert_close(found[1], plain[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_by_inductor_on_a_cpu(dtype: torch.dtype) -> None:
+    """In bf16 the compiler rounds less often than torch does, so that scores are compared, forced along the same tokens."""
+    model = built(MIXERS["rope, groups"]).to(dtype)
+    runner, tokens = Captured(model, 1, 16), torch.tensor([4])
+    exact = copy.deepcopy(model).double()
+    with torch.inference_mode():
+        reading, path = runner.read([[5, 6, 7]], 6), [5, 6, 7]
+        for _ in range(5):
+            path.append(int(tokens))
+            right = exact(torch.tensor([path])).logits[:, -1]
+            scores = reading(tokens).double()
+            assert (scores - right).abs().max() <= 8 * torch.finfo(dtype).eps * right.abs().max()
+            tokens = right.argmax(-1)
+    assert runner.compilations == 1
 
 
 @pytest.mark.slow

@@ -91,11 +91,11 @@ class Linear(Adaptable, nn.Linear):
         return self.in_fp8 and torch.is_grad_enabled() and not twins.asked()
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
-        """Which kernel would train it, where that is not torch's own, and run a step of one row on CUDA, and why."""
+        """Which kernel would train it, where that is not torch's own, and run a compiled step of one row, and why."""
         found = {"training": Plan("fp8", "as asked: three products in 8 bits, a scale a tensor")} if self.in_fp8 else {}
-        if self.stored is None and not self.adapted and device == "cuda":
+        if self.stored is None and not self.adapted:
             one = linear_plan(device, self.weight.dtype, self.out_features, self.bias is not None)
-            found["decoding one row, captured"] = one
+            found["decoding one row, compiled"] = one
         return found
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -65,7 +65,7 @@ def generate(
     compile: single steps are compiled, and on CUDA replayed as one graph. The first call takes long; the model keeps what
     was made for further ones of as many rows (see `Captured`).
     sampling: the fields of `Sampling` (max_new_tokens, temperature, top_p, beams, stop, seed ...).
-    On a CPU, one or two rows read fp32 weights by columns, which stay for further calls as long as the model lives: as many
+    On a CPU, one or two rows, but one that is compiled, read fp32 weights by columns, which stay for further calls as long as the model lives: as many
     bytes again, for models of a gibibyte at most.
     Raises SpecError for options that do not exist or contradict, UserError for a prompt beyond the context.
     """
@@ -171,6 +171,8 @@ def _layout(model: Any, rows: int, sampling: Sampling, compile: bool) -> Abstrac
     """How the weights lie meanwhile. Raises UserError for what cannot be compiled."""
     if compile and sampling.beams > 1:
         raise UserError("compiled steps with beams, which change rows", remedy="leave compile out, or set beams=1")
+    if compile and rows == 1:
+        return nullcontext()  # compiled products with one vector read rows
     return vector_layout(model, rows * sampling.beams, sampling.max_new_tokens)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dovetail.errors import CheckpointError
 from dovetail.kernels import quantise
+from dovetail.kernels.linear import linear
 from dovetail.kernels.plan import Plan
 from dovetail.spec import Spec
 
@@ -54,7 +55,7 @@ class Stored(nn.Module, ABC):
             return quantise.linear(x, self.rows(), bias)
         if torch.compiler.is_compiling():
             # A compiler dequantises again by itself; under checkpointing torch 2.11 would keep what is inside a Function.
-            return F.linear(x, self.dense(x.dtype), bias)
+            return linear(x, self.dense(x.dtype), bias)
         return _Linear.apply(x, bias, self)  # type: ignore[no-any-return]
 
     def plan(self, device: str, x: Tensor) -> Plan:
