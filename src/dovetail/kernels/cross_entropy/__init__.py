@@ -19,7 +19,7 @@ def softmax_loss_(logits: Tensor, labels: Tensor, smoothing: float, z: float, di
     `differentiate`: the path "triton" of `plan`.
 
     labels (N,): ids, or IGNORED for rows that cost and ask nothing. A label that is no id costs NaN. A row is a hit
-    where no other logit is above its label's.
+    where its label's logit is the first of the largest: what is chosen greedily.
     """
     return _rows(logits, labels, smoothing, z, differentiate).sum(1)
 

@@ -80,6 +80,7 @@ def _softmax_loss(  # type: ignore[no-untyped-def]
     across, down = tl.arange(0, TOGETHER)[None, :], tl.arange(0, LANES)[:, None]
     at = down * TOGETHER + across if EVEN else across * LANES + down
     top = tl.full([LANES], -float("inf"), tl.float32)
+    before = tl.full([LANES], -float("inf"), tl.float32)  # the largest before the label
     total = tl.zeros([LANES], tl.float32)
     plain = tl.zeros([LANES], tl.float32)
     read = tl.where(real, vocab, 0)  # nothing of a row that is ignored
@@ -91,6 +92,7 @@ def _softmax_loss(  # type: ignore[no-untyped-def]
         base = _base(above)
         total = total * tl.exp(top - base) + tl.sum(tl.exp(s - base[:, None]), 1)  # type: ignore[index]
         top = above
+        before = tl.maximum(before, tl.max(tl.where(column < label, s, -float("inf")), 1))
         if SMOOTHED:
             plain += tl.sum(tl.where(inside, s, 0.0), 1)
     highest = tl.max(top, 0)
@@ -104,7 +106,7 @@ def _softmax_loss(  # type: ignore[no-untyped-def]
     loss += z * log_z * log_z
     tl.store(rows + row, tl.where(real, loss, 0.0))
     tl.store(rows + n + row, tl.where(real, nats, 0.0))
-    tl.store(rows + 2 * n + row, tl.where(real & (own >= highest), 1.0, 0.0))
+    tl.store(rows + 2 * n + row, tl.where(real & (own >= highest) & (own > tl.max(before, 0)), 1.0, 0.0))
     if DIFFERENTIATE:
         factor = (1 + 2 * z * log_z) / sum_exp
         share = smoothing / vocab
