@@ -213,6 +213,9 @@ def test_regions_equal_their_definition_with_gradients() -> None:
         return attend_regions(_regions(list(t[:3]), list(t[3:]), at), t[0], scale=0.5)
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    once = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
 
 
 def test_a_region_that_nobody_sees_changes_nothing() -> None:

@@ -152,6 +152,22 @@ def test_a_projected_gate_is_not_kept(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("forced")
+def test_a_projected_gate_under_autocast() -> None:
+    """Everything in its type, the gate too where what comes in is wider; gradients in the types of what was given."""
+    both, weight = made(2, 5, 12), made(7, 6, scale=0.5)
+    with torch.autocast(DEVICE, NARROW):
+        out = gate.projected(both, "silu", weight)
+    assert out.dtype == NARROW
+    wanted = F.linear(gated(both.double(), "silu"), weight.double())
+    torch.testing.assert_close(out.double(), wanted, rtol=0.02, atol=0.02)
+    up = torch.randn_like(out)
+    grads = (torch.autograd.grad(y, (both, weight), up.to(y.dtype)) for y in (out, wanted))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.usefixtures("forced")
 def test_a_map_that_is_more_than_a_product_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with adapters, a bias, codes or a listener, or behind dropout, gets what the gate makes."""
     layer: Any = dt.build(tiny("silu")).blocks[0].feedforward.to(DEVICE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -136,3 +138,14 @@ def test_plans() -> None:
     assert kernel.plan(9, causal=True, segments=True, state=True).path == "chunked"
     assert kernel.plan(9, causal=False, segments=True, state=False).path == "chunked"
     assert kernel.plan(9, causal=False, segments=False, state=False).path == "products"
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("call", [kernel.linear_attention, kernel.normalised])
+def test_autocast_does_not_reach_its_products(causal: bool, call: Any) -> None:
+    q, k, v = (t.detach().abs().requires_grad_() for t in given(150, 4, 2, torch.float32))
+    exact = call(q.double(), k.double(), v.double(), causal=causal)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = call(q, k, v, causal=causal)[0]
+    assert ours.dtype == torch.float32
+    same(ours, exact, [q, k, v], None, 1e-5)

@@ -213,3 +213,11 @@ def test_sizes_keep_a_gpu_busy() -> None:
         cut = spans.sizes(rows, tokens, 128, torch.bfloat16)
         assert rows * -(-tokens // cut.span) >= spans.BUSY and cut.span % cut.tile == 0
     assert spans.sizes(8, 1000, 128, torch.bfloat16).span == 256
+
+
+@runs
+def test_a_mask_that_lies_token_by_token() -> None:
+    """Kernels read documents row by row, however they are given."""
+    inputs, segments = given(70, 2, 1, 16, 16, torch.float32), documents("packed", 70)
+    assert segments is not None
+    compare(inputs, segments.t().contiguous().t())

@@ -114,6 +114,16 @@ def test_padding_is_never_read() -> None:
 
 
 @runs
+def test_a_mask_that_lies_token_by_token() -> None:
+    heads, v = given(2, 40, 16, 16, torch.float32)
+    ctx = context("packed", 40)
+    assert ctx.segments is not None
+    turned = Context.of(2, 40, DEVICE, segments=ctx.segments.t().contiguous().t())
+    assert turned.segments is not None and turned.segments.stride(0) == 1
+    assert torch.equal(ours(heads, v, turned, 16, True), ours(heads, v, ctx, 16, True))
+
+
+@runs
 def test_compiled_is_the_same() -> None:
     heads, v = given(2, 12, 16, 16, torch.float32)
     ctx = context("packed", 12)

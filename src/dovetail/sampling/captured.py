@@ -135,7 +135,8 @@ class Captured:
     def _capture(self) -> None:
         """Capturing runs nothing, so that the state is as it was; the replay that follows takes the step."""
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # The model's device need not be the current one, which torch would take a stream of.
+        with torch.cuda.device(self.device), torch.cuda.graph(self._graph, stream=torch.cuda.Stream(self.device)):
             self._scores, self._best = self._taken()
         self.captures += 1
 

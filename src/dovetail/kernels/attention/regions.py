@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dovetail.errors import BuildError
 from dovetail.kernels.attention import reference, triton
 from dovetail.kernels.attention.coords import BoundMask
 from dovetail.kernels.attention.reference import Region
 from dovetail.kernels.chunks import without_autocast
+from dovetail.kernels.installed import TRITON
 
 Triple = tuple[Tensor, Tensor, Tensor]  # q, k, v of one region
 
@@ -54,6 +56,7 @@ class _Merged(torch.autograd.Function):
         return out.to(tensors[0].dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         out, lse, *tensors = ctx.saved_tensors
         dout = grads[0].to(out.dtype)
@@ -95,7 +98,7 @@ def attend_regions(regions: Sequence[Region], q: Tensor, scale: float, tile: int
 
 def _own(triples: Sequence[tuple[Tensor, Tensor, Tensor]], masks: Sequence[BoundMask | None]) -> bool:
     """Whether own kernels run every region: where the plan may give them any (`triton.OWN`), on CUDA."""
-    if "regions" not in triton.OWN or not triples[0][0].is_cuda:
+    if not TRITON or "regions" not in triton.OWN or not triples[0][0].is_cuda:
         return False
     served = [
         triton.kind(mask, None, max(q.shape[-1], v.shape[-1]), q.dtype)

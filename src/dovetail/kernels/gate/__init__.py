@@ -55,8 +55,9 @@ def projected(both: Tensor, activation: str, weight: Tensor, in_fp8: bool = Fals
     if torch.is_grad_enabled() and weight.requires_grad and _path(both, activation) == "triton":
         from dovetail.kernels.gate import operator
 
-        alike = weight if in_fp8 or not autocasts(both) else weight.to(both.dtype)
-        return operator.projected(both, activation, alike, in_fp8)
+        if autocasts(both) and not in_fp8:
+            both, weight = (t.to(torch.get_autocast_dtype(both.device.type)) for t in (both, weight))
+        return operator.projected(both, activation, weight, in_fp8)
     out = gated(both, activation)
     return fp8.linear(out, weight) if in_fp8 else linear(out, weight)
 

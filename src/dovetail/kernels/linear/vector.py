@@ -46,7 +46,7 @@ def launch(rows: int, width: int, gated: bool, plain: bool) -> Launch:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """W x (O,) of x (I,), contiguous, and W (O,I), whose rows are, in their type; summed in fp32."""
+    """W x (O,) of x (I,) and W (O,I), whose rows are, in their type; summed in fp32."""
     return step(x, weight, None, 0.0, None, None, False)  # type: ignore[no-any-return]
 
 
@@ -62,6 +62,7 @@ def step(
     """
     gated, width = activation is not None, weight.shape[1]
     rows = weight.shape[0] // (1 + gated)
+    x, scale, residual = (None if t is None else t.contiguous() for t in (x, scale, residual))
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     tile = launch(weight.shape[0], width, gated, scale is None and not gated and x.element_size() == 2)
     columns = min(tile.columns, triton.next_power_of_2(width))

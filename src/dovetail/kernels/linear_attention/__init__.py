@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dovetail.kernels import twins
+from dovetail.kernels.chunks import without_autocast
 from dovetail.kernels.linear_attention import chunked, operator, recurrent, reference
 from dovetail.kernels.linear_attention.plan import plan
 from dovetail.kernels.linear_attention.stabiliser import LOW, document_max, running_max
@@ -36,7 +37,8 @@ def linear_attention(
     """
     if _fused(q, k, v, causal, segments, start):
         return operator.causal(q, k, v, decay, _rows(q, segments), start)
-    out, end = _plain(q, k, v, causal, segments, decay, start)
+    with without_autocast(q):
+        out, end = _plain(q, k, v, causal, segments, decay, start)
     return out.to(_widest(q, k, v)), end
 
 
@@ -55,7 +57,8 @@ def normalised(
     if _fused(q, k, v, causal, segments, start):
         return operator.causal(q, k, v, decay, _rows(q, segments), start, least)
     wide = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
-    out, end = _plain(q, k, wide, causal, segments, decay, start)
+    with without_autocast(q):
+        out, end = _plain(q, k, wide, causal, segments, decay, start)
     return divided(out[..., :-1], out[..., -1:], least).to(_widest(q, k, v)), end
 
 

@@ -32,8 +32,8 @@ def causal(
     queries = keys = None
     if rows.document is not None:
         assert rows.real is not None
-        queries = rows.document.expand(q.shape[0], -1).to(torch.int32)
-        keys = queries.where(rows.real, -1)
+        queries = rows.document.expand(q.shape[0], -1).to(torch.int32).contiguous()
+        keys = queries.where(rows.real, -1).contiguous()  # a mask may lie token by token, and `where` follows it
     if decay is not None:
         decay = decay.detach().to(torch.float32)
         decay = (decay if rows.real is None else decay * rows.real[:, None]).contiguous()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dovetail.kernels.chunks import ceil_div, padded, roomy
+from dovetail.kernels.chunks import ceil_div, padded, roomy, without_autocast
 from dovetail.kernels.linear_attention import triton as linear
 from dovetail.kernels.linear_attention.chunked import Rows
 from dovetail.kernels.linear_attention.spans import sizes
@@ -90,7 +90,8 @@ def _places(B: int, T: int, chunk: int, order: Tensor, segments: Tensor | None) 
     at = torch.arange(T, device=order.device)
     first = real & (order.expand(B, T) % chunk == 0)
     begin = torch.where(first, at, 0).cummax(1).values
-    return Places(begin.where(real, T).to(torch.int32), document, document.where(real, -1))
+    # A mask may lie token by token, and `where` follows it.
+    return Places(*(t.to(torch.int32).contiguous() for t in (begin.where(real, T), document, document.where(real, -1))))
 
 
 @operation("mixed_chunk")
@@ -173,7 +174,8 @@ class _Call:
     def states(self, b: Tensor, c: Tensor, *, reverse: bool) -> Tensor:
         """Σ b cᵀ before each span, in the order of the walk, (B,1,N,D,E) in fp32; all of it / chunk, (B,D,E), where not causal."""
         if not self.causal:
-            return (b * self.shrink).mT @ c
+            with without_autocast(b):
+                return (b * self.shrink).mT @ c
         cut = sizes(self.B, self.T, max(b.shape[2], self.E), b.dtype)
         cut = cut._replace(span=self.span, tile=min(cut.tile, self.span & -self.span))
         return linear.entered(b[:, None], c[:, None], 1, self.gates, None, 0, None, cut, reverse=reverse)

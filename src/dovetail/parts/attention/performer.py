@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dovetail.kernels.chunks import without_autocast
 from dovetail.kernels.linear_attention import LOW, document_max, normalised, running_max
 from dovetail.parts.attention.kernelised import Kernelised, KernelisedModule, built_position, zeros
 from dovetail.parts.context import Context
@@ -127,7 +128,8 @@ class PerformerModule(KernelisedModule):
 
 def log_features(x: Tensor, projection: Tensor, hyperbolic: bool = False) -> Tensor:
     """log φ(x), (..., m or 2m), of x (..., D) as it enters exp(x·y), and W (m,D)."""
-    along = x @ projection.T
+    with without_autocast(x):  # they are logarithms: 0.05 off is 5% of a feature
+        along = x @ projection.T
     along = torch.cat([along, -along], -1) if hyperbolic else along
     return along - x.square().sum(-1, keepdim=True) / 2 - math.log(along.shape[-1]) / 2
 
