@@ -65,8 +65,8 @@ def generate(
     compile: single steps are compiled, and on CUDA replayed as one graph. The first call takes long; the model keeps what
     was made for further ones of as many rows (see `Captured`).
     sampling: the fields of `Sampling` (max_new_tokens, temperature, top_p, beams, stop, seed ...).
-    On a CPU, one or two rows, but one that is compiled, read fp32 weights by columns, which stay for further calls as long as the model lives: as many
-    bytes again, for models of a gibibyte at most.
+    On a CPU, one or two rows, but a single compiled one, read fp32 weights by columns, which stay for further calls as
+    long as the model lives: as many bytes again, for models of a gibibyte at most.
     Raises SpecError for options that do not exist or contradict, UserError for a prompt beyond the context.
     """
     result = sample(model, tokenizer, prompts, Sampling.of(**sampling), draft=draft, compile=compile)

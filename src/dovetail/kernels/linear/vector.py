@@ -62,7 +62,7 @@ def step(
     """
     gated, width = activation is not None, weight.shape[1]
     rows = weight.shape[0] // (1 + gated)
-    x, scale, residual = (None if t is None else t.contiguous() for t in (x, scale, residual))
+    x, (scale, residual) = x.contiguous(), (None if t is None else t.contiguous() for t in (scale, residual))
     y = torch.empty(rows, dtype=x.dtype, device=x.device)
     tile = launch(weight.shape[0], width, gated, scale is None and not gated and x.element_size() == 2)
     columns = min(tile.columns, triton.next_power_of_2(width))
