@@ -149,3 +149,16 @@ def test_autocast_does_not_reach_its_products(causal: bool, call: Any) -> None:
         ours = call(q, k, v, causal=causal)[0]
     assert ours.dtype == torch.float32
     same(ours, exact, [q, k, v], None, 1e-5)
+
+
+def test_what_comes_after_a_steep_decay_is_remembered() -> None:
+    """A step that forgets all, of a document's first keys say, costs later pairs no digits; nor does one of padding."""
+    q, k, v = given(40, 2, 2, torch.float32)
+    decay = -torch.rand(B, 2, 40)
+    decay[:, :, 5], decay[:, :, 20] = -1e6, -torch.inf
+    segments = torch.zeros(B, 40).long()
+    segments[:, 20] = -1
+    ours = kernel.linear_attention(q, k, v, causal=True, segments=segments, decay=decay)[0]
+    capped = decay.double().clamp_min(-80)
+    plain = reference.linear_attention(q.double(), k.double(), v.double(), causal=True, segments=segments, decay=capped)
+    same(ours, plain, [q, k, v], segments, 2e-5)

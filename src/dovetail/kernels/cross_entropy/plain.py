@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dovetail.kernels.cross_entropy.reference import IGNORED
 
@@ -44,7 +45,7 @@ def softmax_loss(
 
 def _hits(logits: Tensor, labels: Tensor, log_p: Tensor, nll: Tensor) -> Tensor:
     """(N,): whether the label's logit is the first of the largest."""
-    if torch.compiler.is_compiling() or logits.device.type != "cpu":
+    if torch.compiler.is_compiling() or logits.device.type != "cpu" or isinstance(logits, FakeTensor):
         return logits.argmax(-1) == labels
     hits = -nll >= log_p.amax(-1)  # several times faster than argmax on CPU, which rows that tie need
     (rows,) = hits.nonzero(as_tuple=True)

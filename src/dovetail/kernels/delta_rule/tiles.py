@@ -16,6 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
+def chunk_of(program, T, L: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which chunk of its sequence a program has, which sequence (row · heads + head), and which of all chunks that is.
+
+    Grids have their first axis alone: the others end at 65,535."""
+    chunks = tl.cdiv(T, L)
+    return program % chunks, (program // chunks).to(tl.int64), program.to(tl.int64)
+
+
+@triton.jit
 def at(sequence, heads, of_row, of_head, of_token, begin):  # type: ignore[no-untyped-def]
     """Where token `begin` of sequence (row · heads + head) lies, for strides of rows, heads and tokens."""
     return (sequence // heads) * of_row + (sequence % heads) * of_head + tl.cast(begin, tl.int64) * of_token
@@ -61,9 +70,8 @@ def system(  # type: ignore[no-untyped-def]
     packed: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """A = β (K Kᵀ ⊙ Γ) below its diagonal (fp32), and γ, left and whole of a chunk."""
-    chunk, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, sequence, block = chunk_of(tl.program_id(0), T, L)
     begin, row, i = chunk * L, sequence // H, tl.arange(0, L)
-    block = sequence * tl.num_programs(0) + chunk
     keys = read(k + at(sequence, H, k_row, k_head, k_token, begin), k_token, T - begin, D, L, W)
     rate = tl.load(beta + sequence * T + begin + i, mask=begin + i < T, other=0.0)
     between = ratio(g, documents, sequence, row, begin, T, gated, packed, L)
@@ -125,8 +133,8 @@ def prepare(  # type: ignore[no-untyped-def]
     L: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """W = (I + A)⁻¹ (β γ K) and U = (I + A)⁻¹ (β V)."""
-    chunk, sequence, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, L)
-    begin, block = chunk * L, sequence * tl.num_programs(0) + chunk
+    chunk, sequence, block = chunk_of(tl.program_id(0), T, L)
+    begin, i = chunk * L, tl.arange(0, L)
     solve = read(inverse + block * L * L, L, L, L, L, L)
     rate = tl.load(beta + sequence * T + begin + i, mask=begin + i < T, other=0.0)
     fade = rate * tl.load(since + block * L + i)
@@ -144,7 +152,9 @@ def walk(  # type: ignore[no-untyped-def]
     L: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """S before each chunk, E = U - W S of each, and S at the end, for V columns of values."""
-    column, sequence, i = tl.program_id(0) * V, tl.program_id(1).to(tl.int64), tl.arange(0, L)
+    columns = tl.cdiv(Dv, V)
+    column, sequence = tl.program_id(0) % columns * V, (tl.program_id(0) // columns).to(tl.int64)
+    i = tl.arange(0, L)
     state = read(start + sequence * D * Dv, Dv, D, Dv, W, V, column)
     for chunk in range(chunks):
         block = sequence * chunks + chunk
@@ -165,8 +175,9 @@ def outputs(  # type: ignore[no-untyped-def]
     scale, H, T, D, Dv, gated: tl.constexpr, packed: tl.constexpr, L: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """o = scale (γ Q S + (Q Kᵀ ⊙ Γ) E) of a chunk, for V columns of values."""
-    column, chunk, sequence = tl.program_id(0) * V, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    begin, block = chunk * L, sequence * tl.num_programs(1) + chunk
+    columns = tl.cdiv(Dv, V)
+    chunk, sequence, block = chunk_of(tl.program_id(0) // columns, T, L)
+    begin, column = chunk * L, tl.program_id(0) % columns * V
     queries = read(q + at(sequence, H, q_row, q_head, q_token, begin), q_token, T - begin, D, L, W)
     keys = read(k + at(sequence, H, k_row, k_head, k_token, begin), k_token, T - begin, D, L, W)
     state = read(states + block * D * Dv, Dv, D, Dv, W, V, column)

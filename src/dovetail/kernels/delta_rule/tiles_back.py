@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dovetail.kernels.delta_rule.tiles import at, product, ratio, read, write
+from dovetail.kernels.delta_rule.tiles import at, chunk_of, product, ratio, read, write
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def local(  # type: ignore[no-untyped-def]
     scale, H, T, D, Dv, gated: tl.constexpr, packed: tl.constexpr, L: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """What a chunk's own outputs add to dE: scale (Q Kᵀ ⊙ Γ)ᵀ dO."""
-    chunk, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin, block = chunk * L, sequence * tl.num_programs(0) + chunk
+    chunk, sequence, block = chunk_of(tl.program_id(0), T, L)
+    begin = chunk * L
     queries = read(q + at(sequence, H, q_row, q_head, q_token, begin), q_token, T - begin, D, L, W)
     keys = read(k + at(sequence, H, k_row, k_head, k_token, begin), k_token, T - begin, D, L, W)
     scores = product(queries, tl.trans(keys)) * ratio(g, documents, sequence, sequence // H, begin, T, gated, packed, L)
@@ -38,7 +38,9 @@ def walk_back(  # type: ignore[no-untyped-def]
     o_row, o_head, o_token, scale, H, T, D, Dv, chunks, L: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """dE whole (in place of its local part), the gradient of S after each chunk, and that of the start."""
-    column, sequence, i = tl.program_id(0) * V, tl.program_id(1).to(tl.int64), tl.arange(0, L)
+    columns = tl.cdiv(Dv, V)
+    column, sequence = tl.program_id(0) % columns * V, (tl.program_id(0) // columns).to(tl.int64)
+    i = tl.arange(0, L)
     state = read(dend + sequence * D * Dv, Dv, D, Dv, W, V, column)
     for done in range(chunks):
         chunk = chunks - 1 - done
@@ -65,8 +67,8 @@ def scores_back(  # type: ignore[no-untyped-def]
     packed: tl.constexpr, L: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Y and dV of a chunk, the gradients of Q Kᵀ and of K Kᵀ (L,L), and the shares of dβ and dlog that come by them."""
-    chunk, sequence, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, L)
-    begin, block = chunk * L, sequence * tl.num_programs(0) + chunk
+    chunk, sequence, block = chunk_of(tl.program_id(0), T, L)
+    begin, i = chunk * L, tl.arange(0, L)
     rate = tl.load(beta + sequence * T + begin + i, mask=begin + i < T, other=0.0)
     turned = tl.trans(read(inverse + block * L * L, L, L, L, L, L))
     to_scores, to_system = tl.zeros((L, L), tl.float32), tl.zeros((L, L), tl.float32)
@@ -100,8 +102,10 @@ def widths_back(  # type: ignore[no-untyped-def]
     W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """dQ and dK of a chunk for W of their columns, and the shares of dβ and dlog that come by these."""
-    chunk, sequence, i = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, L)
-    begin, block, column = chunk * L, sequence * tl.num_programs(1) + chunk, tl.program_id(0) * W
+    parts = tl.cdiv(D, W)
+    part = tl.program_id(0) % parts
+    chunk, sequence, block = chunk_of(tl.program_id(0) // parts, T, L)
+    begin, column, i = chunk * L, part * W, tl.arange(0, L)
     by_query, by_write, by_key = (
         tl.zeros((L, W), tl.float32),
         tl.zeros((L, W), tl.float32),
@@ -128,7 +132,7 @@ def widths_back(  # type: ignore[no-untyped-def]
     queries = read(q + q_at, q_token, T - begin, D, L, W, column)
     keys = read(k + k_at, k_token, T - begin, D, L, W, column)
     of_query, of_write, of_key = tl.sum(queries * by_query, 1), tl.sum(keys * by_write, 1), tl.sum(keys * by_key, 1)
-    share = (tl.program_id(0) * tl.num_programs(2) + sequence) * tl.num_programs(1) + chunk
+    share = part * (tl.num_programs(0) // parts) + block
     tl.store(dbeta + share * L + i, -of_write)
     at_end = tl.sum(of_key, 0) + tl.load(whole + block) * tl.sum(kept, 0)
     tl.store(dlog + share * L + i, of_query - rate * of_write - of_key + tl.where(i == L - 1, at_end, 0.0))

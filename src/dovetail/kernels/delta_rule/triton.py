@@ -38,7 +38,7 @@ def delta_rule(
         q, k, v = (F.pad(t, (0, -t.shape[3] % 8)) for t in (q, k, v))
         start = F.pad(start, (0, -Dv % 8, 0, -D % 8))
     decay = None if log_decay is None else log_decay.float()
-    documents = None if reset is None else reset.cumsum(1, dtype=torch.int32)
+    documents = None if reset is None else reset.expand(len(q), -1).cumsum(1, dtype=torch.int32)
     out, end, *_ = _forward(q, k.to(q.dtype), v.to(q.dtype), beta.float(), decay, start, documents, scale)
     return out[..., :Dv], end[..., :D, :Dv]
 
@@ -73,13 +73,13 @@ def _forward(
     inverse, o = torch.empty_like(a, dtype=q.dtype), torch.empty_like(v)
     W, V = padded(D), padded(Dv, 128 if D <= 128 else 64)
     with torch.cuda.device_of(q):
-        tiles.system[(N, B * H)](
+        tiles.system[(N * B * H,)](
             k, beta, decay, documents, a, since, left, whole, *k.stride()[:3], H, T, D, *flags, L, W  # type: ignore[arg-type]
         )  # fmt: skip
         tiles.invert[(B * H * N,)](a, inverse, L)  # type: ignore[arg-type]
         del a
         _, states, errors, end = _states(k, v, beta, inverse, since, left, whole, start)
-        tiles.outputs[(ceil_div(Dv, V), N, B * H)](
+        tiles.outputs[(ceil_div(Dv, V) * N * B * H,)](
             q, k, decay, documents, since, states, errors, o, *q.stride()[:3], *k.stride()[:3], *o.stride()[:3],
             scale, H, T, D, Dv, *flags, L, W, V, num_stages=1,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -94,10 +94,10 @@ def _states(
     w, u = k.new_empty(B * H, N, L, D), k.new_empty(B * H, N, L, Dv)
     states, errors, end = k.new_empty(B * H, N, D, Dv), k.new_empty(B * H, N, L, Dv), torch.empty_like(start)
     W, (V, launch) = padded(D), _walk(B * H, D, Dv, k.element_size())
-    tiles.prepare[(N, B * H)](
+    tiles.prepare[(N * B * H,)](
         k, v, beta, inverse, since, w, u, *k.stride()[:3], *v.stride()[:3], H, T, D, Dv, L, W, padded(Dv, 64), num_stages=1  # type: ignore[arg-type]
     )  # fmt: skip
-    tiles.walk[(ceil_div(Dv, V), B * H)](
+    tiles.walk[(ceil_div(Dv, V) * B * H,)](
         k, w, u, start, left, whole, states, errors, end, *k.stride()[:3], H, T, D, Dv, N, L, W, V, **launch  # type: ignore[arg-type]
     )  # fmt: skip
     return w, states, errors, end
@@ -137,19 +137,19 @@ def _backward(
             torch.empty_like(start),
         )
         dscores, dsystem = torch.empty_like(inverse), torch.empty_like(inverse)
-        tiles_back.local[(N, B * H)](
+        tiles_back.local[(N * B * H,)](
             q, k, do, decay, documents, de, *qs, *ks, *os, *sizes, *flags, L, W, V, num_stages=1  # type: ignore[arg-type]
         )  # fmt: skip
-        tiles_back.walk_back[(ceil_div(Dv, columns), B * H)](
+        tiles_back.walk_back[(ceil_div(Dv, columns) * B * H,)](
             q, k, w, do, since, left, whole, dend, de, dstates, dstart, *qs, *ks, *os, *sizes, N, L, W, columns,
             **launch,  # type: ignore[arg-type]
         )  # fmt: skip
         # Of 16 columns two groups of four warps would have 8 each, of which Triton 3.6 reads more (triton-lang/triton#10629).
-        tiles_back.scores_back[(N, B * H)](
+        tiles_back.scores_back[(N * B * H,)](
             q, k, v, beta, inverse, errors, de, do, decay, documents, y, dv, dscores, dsystem, dbeta[-1], dlog[-1],
             *qs, *ks, *vs, *os, *sizes, *flags, L, W, V, num_stages=1, num_warps=8 if V > 16 else 4,  # type: ignore[arg-type]
         )  # fmt: skip
-        tiles_back.widths_back[(blocks, N, B * H)](
+        tiles_back.widths_back[(blocks * N * B * H,)](
             q, k, beta, since, left, whole, states, dstates, errors, y, do, dscores, dsystem, dq, dk, dbeta, dlog,
             *qs, *ks, *os, *sizes, L, block, V, num_stages=1,  # type: ignore[arg-type]
         )  # fmt: skip

@@ -174,10 +174,11 @@ class _Call(NamedTuple):
         self, x: Tensor, y: Tensor, g: Tensor, begin: Tensor | None, scale: float, *, back: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of xᵀ y that fade by g: what each chunk meets (B,H,N,D,Dv), after the last (B,H,D,Dv), and G (B·H,N,D)."""
-        launch, N, heads = self.blocks.walk, ceil_div(self.T, self.blocks.chunk), self.B * self.H
+        launch, heads = self.blocks.walk, self.B * self.H
+        N = max(1, ceil_div(self.T, self.blocks.chunk))  # no tokens are a chunk of none
         keys, values = self._columns(self.D, launch.keys), self._columns(self.Dv, launch.values)
         tiles = ceil_div(self.D, keys) * ceil_div(self.Dv, values)
-        per = ceil_div(N, max(1, min(FILL // (tiles * heads), N // LEAST)))  # chunks of a segment
+        per = ceil_div(N, max(1, min(FILL // max(1, tiles * heads), N // LEAST)))  # chunks of a segment
         segments = ceil_div(N, per)
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         states = x.new_empty(self.B, self.H, N, self.D, self.Dv, dtype=dtype)
@@ -211,7 +212,7 @@ class _Call(NamedTuple):
         """A program for every chunk and `launch.keys` columns of keys, or all of them."""
         keys, N = self._columns(self.D, launch.keys or 256), ceil_div(self.T, self.blocks.chunk)
         for apart in STEEP:
-            kernel[(self.B * self.H * ceil_div(self.D, keys), N)](
+            kernel[(self.B * self.H * ceil_div(self.D, keys) * N,)](
                 *tokens, self.reset, *others, *map(_strides, tokens), self.T, self.H, N, scale,
                 BK=keys, BV=self._columns(self.Dv, launch.values), APART=apart,
                 **self.meta, num_warps=launch.warps, num_stages=launch.stages,

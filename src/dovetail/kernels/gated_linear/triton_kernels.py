@@ -78,7 +78,7 @@ def forward(  # type: ignore[no-untyped-def]
     APART: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o = (q exp(b)) S + tril(A) v of one chunk. APART: of the steep chunks, else of the others."""
-    head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, chunk = _head_of(N)
     d = tl.arange(0, BK)
     G = tl.load(sums + (head * N + chunk) * D + d, mask=d < D, other=0.0)
     if (tl.min(G) < -LIMIT) != APART:
@@ -111,7 +111,7 @@ def backward_values(  # type: ignore[no-untyped-def]
     APART: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv = (k exp(G - b)) dS + tril(A)ᵀ do of one chunk, from the gradient dS of the state that it leaves."""
-    head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, chunk = _head_of(N)
     d = tl.arange(0, BK)
     G = tl.load(sums + (head * N + chunk) * D + d, mask=d < D, other=0.0)
     if (tl.min(G) < -LIMIT) != APART:
@@ -145,8 +145,8 @@ def backward_keys(  # type: ignore[no-untyped-def]
     APART: tl.constexpr, HAS_RESET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dlog α of one chunk and BK columns, from the state S that it meets and dS of the one that it leaves."""
-    head, chunk = tl.program_id(0).to(tl.int64) // tl.cdiv(D, BK), tl.program_id(1)
-    d = (tl.program_id(0) % tl.cdiv(D, BK)) * BK + tl.arange(0, BK)
+    part, chunk = _head_of(N)
+    head, d = part // tl.cdiv(D, BK), (part % tl.cdiv(D, BK)).to(tl.int32) * BK + tl.arange(0, BK)
     G = tl.load(sums + (head * N + chunk) * D + d, mask=d < D, other=0.0)
     if (tl.min(G) < -LIMIT) != APART:
         return
@@ -196,6 +196,13 @@ def backward_keys(  # type: ignore[no-untyped-def]
         first = tl.load(reset + (head // H) * T + t, mask=t < T, other=0)
         d_log = tl.where((first == 0)[:, None], d_log, 0.0)
     _store(dg, dg_strides, chunk, head, H, T, d, D, L, d_log)
+
+
+@triton.jit
+def _head_of(N):  # type: ignore[no-untyped-def]
+    """Which head (of `backward_keys`, which columns of which), and which of N chunks: the grid has its first axis alone."""
+    heads = tl.num_programs(0) // N
+    return (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
 
 
 @triton.jit

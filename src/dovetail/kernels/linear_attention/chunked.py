@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK, SPAN = 128, 2048  # tokens
+FLOOR = -40.0  # of a logarithm of decay: exp(-40) is nothing beside 1, and differences of sums over a chunk keep their digits
 
 
 class Rows(NamedTuple):
@@ -128,7 +129,8 @@ def _gates(
     if decay is None and rows.document is None:
         return None
     if decay is not None:
-        step = decay.to(wide) if rows.real is None else decay.to(wide) * rows.real[:, None]
+        step = decay.to(wide).clamp_min(FLOOR)
+        step = step if rows.real is None else step.where(rows.real[:, None], 0.0)
         level = F.pad(step, (0, short)).unflatten(-1, (n, C)).cumsum(-1)
         lower = torch.ones(C, C, dtype=torch.bool, device=level.device).tril()
         pairs = (level[..., :, None] - level[..., None, :]).masked_fill(~lower, 0).exp()

@@ -36,7 +36,7 @@ def causal(
         keys = queries.where(rows.real, -1).contiguous()  # a mask may lie token by token, and `where` follows it
     if decay is not None:
         decay = decay.detach().to(torch.float32)
-        decay = (decay if rows.real is None else decay * rows.real[:, None]).contiguous()
+        decay = (decay if rows.real is None else decay.where(rows.real[:, None], 0.0)).contiguous()
     start = None if start is None else start.to(torch.float32)
     q, k, v = (t.to(dtype) for t in (q, k, v))
     out, end, _, _ = _forward(q, k, v, decay, queries, keys, start, least)

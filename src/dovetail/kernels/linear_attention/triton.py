@@ -48,6 +48,8 @@ def forward(
     states = entered(k, v, G, gates, start, column, None, sizes, reverse=False)
     begins = start is not None
     _walk(q, k, v, out, states, gates, sizes, column=column, total=total, least=least, end=end, begins=begins)
+    if not T:
+        _passed(start, end)
     return out, end, states, total
 
 
@@ -71,7 +73,14 @@ def backward(
         v, d_out, q, d_k, later.mT, gates, sizes, reverse=True, row=row, weight=weight, begins=ends,
         end=d_start.mT if begins else None,
     )  # fmt: skip
+    if begins and not q.shape[2]:
+        _passed(d_end, d_start)
     return d_q, d_k, d_v, d_start
+
+
+def _passed(given: Tensor | None, state: Tensor) -> None:
+    """What a row of no tokens, of which no program is, makes of a state or its gradient."""
+    state.zero_() if given is None else state.copy_(given)
 
 
 def entered(
@@ -83,8 +92,8 @@ def entered(
     N = -(-T // sizes.span)
     states = b.new_empty(B, groups, N, D, E + column, dtype=torch.float32)
     if start is not None:
-        states[:, :, 0] = start
-    if N == 1:
+        states[:, :, :1] = start[:, :, None]
+    if N <= 1:
         return states
     passed = b.new_empty(B, groups, N, dtype=torch.float32)
     common, blocks = _common(b, c, gates, sizes, reverse)
@@ -94,7 +103,7 @@ def entered(
             heads, groups, T, N, sizes.span, COLUMN=column, FAN=heads // groups, **common,
         )  # fmt: skip
         size = D * (E + column)
-        kernels.chain[(ceil_div(size, 512), B * groups)](
+        kernels.chain[(ceil_div(size, 512) * B * groups,)](
             states, passed, size, N, BEGINS=start is not None, GATED=common["DECAY"] or common["DOCUMENTS"], TILE=512,
             num_warps=2,
         )  # fmt: skip
@@ -127,7 +136,7 @@ def _undivided(d_out: Tensor, out: Tensor, total: Tensor, least: float) -> tuple
     B, H, T, E = out.shape
     above, below = like(out, H, E), torch.empty_like(total)
     with torch.cuda.device_of(out):
-        kernels.undivide[(ceil_div(T, 32), B * H)](
+        kernels.undivide[(ceil_div(T, 32) * B * H,)](
             d_out, out, total, above, below, *d_out.stride()[:3], *out.stride()[:3], *above.stride()[:3], H, T, least,
             WIDTH=E, WIDE=padded(E), TILE=32,
         )  # fmt: skip

@@ -26,4 +26,4 @@ def _packed(codes, absmax, levels, out, count, half: tl.constexpr, tile: tl.cons
     scale = tl.load(absmax + at // half, mask=at < count, other=0.0)
     both = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
     where = 2 * first + tl.arange(0, 2 * tile)
-    tl.store(out + where, both.to(out.dtype.element_ty), mask=where < 2 * count)
+    tl.store(out + where, both.to(out.dtype.element_ty), mask=where < 2 * tl.cast(count, tl.int64))

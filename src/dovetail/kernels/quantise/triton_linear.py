@@ -212,12 +212,13 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     within, there = rows < count, vector < vectors
     column, place = tl.arange(0, step), tl.arange(0, step // halves)
     lines = codes + rows.to(tl.int64)[:, None] * pitch
+    vectors_at = x + vector.to(tl.int64)[:, None] * between  # which lie as far apart as a view of longer rows has them
     found = tl.zeros((tall, tile), tl.float32)
     for start in tl.range(first, tl.minimum(first + share, width), step, num_stages=stages):
         at = start // halves + place
         read = tl.load(lines + at[None, :], mask=within[:, None] & (at < pitch)[None, :], other=0)
         some = there[:, None] & (start + column < width)[None, :]
-        value = tl.load(x + vector[:, None] * between + (start + column)[None, :], mask=some, other=0.0)
+        value = tl.load(vectors_at + (start + column)[None, :], mask=some, other=0.0)
         where = rows.to(tl.int64) * groups + start // group
         if packed:
             origin = tl.load(zero + where, mask=within, other=0) if zero is not None else tl.zeros((tile,), tl.uint8)
@@ -230,7 +231,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if whole and bias is not None:
         found += tl.load(bias + rows, mask=within, other=0.0).to(tl.float32)[None, :]
     line = (0 if whole else tl.program_id(1).to(tl.int64) * vectors) + vector
-    target = out + line[:, None] * count + rows[None, :]
+    target = out + line.to(tl.int64)[:, None] * count + rows[None, :]
     tl.store(target, found.to(out.dtype.element_ty), mask=there[:, None] & within[None, :])
 
 

@@ -25,6 +25,7 @@ CHUNK = 64  # tokens from one kept state to the next
 STEP = 4  # tokens whose inputs are read ahead, and whose states a backward holds in registers
 WARPS = 2  # 512 entries of a state: 8 a thread
 FILL = 2048  # programs that keep 132 multiprocessors busy
+ROWS = 65_535  # at a time, in a grid's last axis: in the first they would take `_forward` half as many registers again
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -33,6 +34,10 @@ def selective_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.ssm_scan.selective_scan`, in fp32: y and the last state are fp32 whatever was given."""
+    if len(x) > ROWS:
+        parts = [(None,) * len(x) if t is None else t.split(ROWS) for t in (x, dt, b, c, start, first)]
+        found = [selective_scan(x, dt, a, *more) for x, dt, *more in zip(*parts)]
+        return torch.cat([y for y, _ in found]), torch.cat([end for _, end in found])
     given = (x, dt, a, b, c, start)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     y, end, _ = _scan(*given, first, keep)
@@ -47,6 +52,7 @@ def _tile(N: int) -> tuple[int, int]:
 
 def _segments(rows: int, T: int, blocks: int) -> tuple[int, int]:
     """(how many segments a row is cut into, tokens of one: a multiple of CHUNK) for `blocks` of channels."""
+    rows, T = max(rows, 1), max(T, 1)  # no rows are none of one segment, and no tokens a segment of none
     wanted = ceil_div(FILL, rows * blocks)
     length = ceil_div(ceil_div(T, min(wanted, ceil_div(T, 4 * CHUNK))), CHUNK) * CHUNK
     return ceil_div(T, length), length
@@ -114,7 +120,7 @@ def _backward_of(
     (B, T, D), N = x.shape, a.shape[1]
     dy, x, dt, a, b, c = (t.contiguous() for t in (dy.float(), x, dt, a.float(), b, c))
     first = None if first is None else first.contiguous()
-    dend = torch.zeros_like(kept[:, 0]) if dend is None else dend.float().contiguous()
+    dend = kept.new_zeros(B, D, N) if dend is None else dend.float().contiguous()
     tile, blocks = _tile(N), ceil_div(D, _tile(N)[0])
     segments, length = _segments(B, T, blocks)
     dx, ddt, dstart = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dend)

@@ -56,8 +56,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B,H,T,E) in q's type and lse (B,H,T) in fp32. table (H,2·reach+1). places: None where a row is one segment."""
     (B, H, T, _), E = q.shape, v.shape[3]
-    q, k, v = dense(q), dense(k), dense(v)
     out, lse = like(q, H, E), q.new_empty(B, H, T, dtype=torch.float32)
+    if not (q.numel() and k.numel()):  # the copy engine cannot be told of nothing
+        return out.zero_(), lse.fill_(-torch.inf)
+    q, k, v = dense(q), dense(k), dense(v)
     asked = _Asked(q, k, v, table, places, span, second, content)
     cut = asked.tiles("attend")
     with torch.cuda.device_of(q):
@@ -76,6 +78,8 @@ def backward(
     """Gradients of q, k, v and the table (in fp32; empty without one) or the content's values, and of the second q and k if
     there are any. out, lse: the forward's, or those of a softmax over more keys than k, of which this is the part (`regions.merge`)."""
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
+    if not (q.numel() and k.numel()):
+        return _nothing(q, k, v, table, second, content)
     q, k, v, out, d_out = dense(q), dense(k), dense(v), dense(out), dense(d_out)
     asked = _Asked(q, k, v, table, places, span, second, content)
     d_q, d_k, d_v = like(q, H, D), like(k, G, D), like(v, G, E)
@@ -120,6 +124,17 @@ def backward(
         left, right = ends.view(2, B, H, -1).sum((1, 3))
         d_table[:, 0], d_table[:, -1] = left, right
     return d_q, d_k, d_v, d_table
+
+
+def _nothing(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, second: Second | None, content: Rows | None
+) -> tuple[Tensor, ...]:
+    """`backward` where there are no queries or no keys."""
+    found = tuple(like(t, *t.shape[1::2]).zero_() for t in (q, k, v))
+    if content is not None:
+        return *found, *(t.new_zeros(t.shape) for t in content[:2] if t is not None)
+    d_table = q.new_zeros((0,) if table is None else table.shape, dtype=torch.float32)
+    return *found, d_table, *(() if second is None else [t.clone() for t in found[:2]])
 
 
 def _diagonals(
@@ -173,8 +188,8 @@ class _Asked:
         self, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, places: Places, span: Span,
         second: Second | None = None, content: Rows | None = None,
     ):  # fmt: skip
-        self.other = None if second is None else Second(dense(second.q), dense(second.k), second.span)
-        self.places, self.span, self.fan, self.dtype = places, span, q.shape[1] // k.shape[1], q.dtype
+        self.other = None if second is None else Second(dense(second.q), dense(second.k), _bounded(second.span))
+        self.places, self.span, self.fan, self.dtype = places, _bounded(span), q.shape[1] // k.shape[1], q.dtype
         self.D, self.E = padded(q.shape[3]), padded(v.shape[3])
         self.reach = 0 if table is None else table.shape[1] // 2
         self.far = table is not None and sizes.ENDS and self.reach < max(q.shape[2], k.shape[2]) - 1
@@ -187,7 +202,7 @@ class _Asked:
             self.table, self.reach, self.far = content.values.detach().contiguous(), content.back, True
             self.keyed = None if content.keyed is None else content.keyed.detach().contiguous()
             onward, unit = content.values.shape[3] - 1 - self.reach, content.factor * LOG2E
-        self.bounds = (span.before or 0, span.after or 0, span.sinks, self.reach)
+        self.bounds = (self.span.before or 0, self.span.after or 0, self.span.sinks, self.reach)
         self.terms = (onward, unit)
         self.roomy = roomy(q.device)
 
@@ -235,7 +250,7 @@ class _Asked:
         own, other = ((k, k_step), (q, q_step)) if turned else ((q, q_step), (k, k_step))
         rows, blocks = q.shape[0], ceil_div(own[0].shape[2], cut.rows)
         found = q.new_empty(rows, blocks, 5)
-        tiles.cuts[(blocks, rows)](
+        tiles.cuts[(blocks * rows,)](
             own[0], other[0], found, own[0].shape[2], other[0].shape[2], own[1], other[1],
             span.before or 0, span.after or 0, span.sinks, ROWS=cut.rows, COLUMNS=cut.columns, TURNED=turned,
             BACK=span.before is not None, AHEAD=span.after is not None, SINKS=span.sinks > 0,
@@ -251,6 +266,12 @@ class _Asked:
             "PAIR": self.other is not None, "BACK2": other.before is not None, "AHEAD2": other.after is not None, "SINKS2": other.sinks > 0,
             "num_warps": cut.warps, "num_stages": cut.stages,
         }  # fmt: skip
+
+
+def _bounded(span: Span) -> Span:
+    """Kernels add tokens' numbers to bounds in 32 bits, and 2^31 - 1 is a common way to say that there is no window."""
+    before, after = (None if n is None else max(-(2**30), min(n, 2**30)) for n in span[:2])
+    return span._replace(before=before, after=after, sinks=min(span.sinks, 2**30))
 
 
 class _Description(TensorDescriptor):

@@ -119,7 +119,7 @@ def attend(  # type: ignore[no-untyped-def]
     real, head, token = r < FAN * T, group * FAN + r // T, r % T
     d, e, column = tl.arange(0, D), tl.arange(0, E), tl.arange(0, COLUMNS)
     q += row * q_row
-    q_at = head[:, None] * q_head + token[:, None] * q_token
+    q_at = head.to(tl.int64)[:, None] * q_head + token[:, None] * q_token
     query = tl.load(q + q_at + d[None, :], mask=real[:, None] & (d < WIDTH)[None, :], other=0.0)
     if REST:
         more = D + tl.arange(0, REST)
@@ -144,7 +144,7 @@ def attend(  # type: ignore[no-untyped-def]
     for tile in tl.range(tiles * split // splits, tiles * (split + 1) // splits):
         first = start + tile * COLUMNS
         there = first + column < stop
-        k_at = k + first.to(tl.int64) * k_token + column[:, None] * k_token
+        k_at = k + first.to(tl.int64) * k_token + column.to(tl.int64)[:, None] * k_token
         key = tl.load(k_at + d[None, :], mask=there[:, None] & (d < WIDTH)[None, :], other=0.0)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if REST:
@@ -168,7 +168,7 @@ def attend(  # type: ignore[no-untyped-def]
         if SHARED:
             value = key
         else:
-            v_at = v + first.to(tl.int64) * v_token + column[:, None] * v_token
+            v_at = v + first.to(tl.int64) * v_token + column.to(tl.int64)[:, None] * v_token
             value = tl.load(v_at + e[None, :], mask=there[:, None] & (e < VALUES)[None, :], other=0.0)
         acc = tl.dot(p.to(value.dtype), value, acc=acc * keep[:, None], input_precision=PRECISION)
         top = higher

@@ -165,7 +165,8 @@ def cuts(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`met` of tokens with places: found (rows,tiles,5) start, whole, end, stop, and by how much less keys are behind queries
     between whole and end than their indices say. TURNED: `own` are keys, and `other` queries."""
-    block, batch = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(N, ROWS)
+    block, batch = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     n = block * ROWS + tl.arange(0, ROWS)
     order, segment = places(own + batch * own_step, n, N, True)
     low, high = extremes(order, n < N)
@@ -205,7 +206,7 @@ def cuts(  # type: ignore[no-untyped-def]
         )
         count += tl.where(every, 1, 0)
     together = (count > 0) & (end - whole == count) & (shift == shifts)
-    at = found + (batch * tl.num_programs(0) + block) * 5
+    at = found + (batch * blocks + block) * 5
     tl.store(at, tl.minimum(start, stop))
     tl.store(at + 1, tl.where(together, whole, stop))
     tl.store(at + 2, tl.where(together, end, stop))
