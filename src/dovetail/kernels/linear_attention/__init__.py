@@ -31,9 +31,9 @@ def linear_attention(
     """(out (B,H,T,E) in the widest of the inputs' types, state (B,G,D,E) in fp32 or better, or None).
 
     segments (B|1,T): documents, negative for padding; tokens see their own document alone. Where causal, their numbers
-    rise along a row. decay (B|1,G|1,T): logarithm, <= 0, of what is left of the past at each token, -40 at least (less counts
-    as that); padding does not decay. start: the state before the first token, which goes on in a row's first document. Only causal calls decay and
-    have a state, the one after the last token, of its document. decay has no gradient.
+    rise along a row. decay (B|1,G|1,T): logarithm, <= 0, of what is left of the past at each token (below -40 it counts as
+    that); padding does not decay. start: the state before the first token, which goes on in a row's first document. Only
+    causal calls decay and have a state, the one after the last token, of its document. decay has no gradient.
     """
     if _fused(q, k, v, causal, segments, start):
         return operator.causal(q, k, v, decay, _rows(q, segments), start)
