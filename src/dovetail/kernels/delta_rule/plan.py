@@ -8,6 +8,8 @@ from dovetail.kernels import twins
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.plan import Plan
 
+WIDEST = 128  # of keys: fp32 fills a multiprocessor's shared memory then, and in bf16 256 gives wrong rows on an H200
+
 
 def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
     """The path for `queries` tokens a row, and why. dtype: of the queries; width: D, of a key."""
@@ -16,8 +18,7 @@ def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     if queries == 1:
         return Plan("step", "one token: one update of the state")
     if device == "cuda" and TRITON and dtype != torch.float64:
-        widest = 128 if dtype == torch.float32 else 256
-        if width <= widest:
+        if width <= WIDEST:
             return Plan("triton", "on CUDA: chunks inverted side by side (WY), then walked with the state in registers")
-        return Plan("chunked", f"keys wider than {widest}, which a program cannot hold in {dtype}: in plain torch")
+        return Plan("chunked", f"keys wider than {WIDEST}, of which a program cannot hold whole ones: in plain torch")
     return Plan("chunked", "the delta rule over a row: products inside chunks (WY), the state across")

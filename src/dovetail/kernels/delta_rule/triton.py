@@ -19,6 +19,7 @@ from dovetail.kernels.delta_rule import tiles, tiles_back
 from dovetail.kernels.operation import operation
 
 CHUNK = 64  # tokens
+LEAST = 64  # columns of values in bf16 and fp16
 FILL = 100  # programs that a walk should have: about one a multiprocessor
 SHARED = 160_000  # bytes of operands that a loop may have under way
 
@@ -29,14 +30,16 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32.
 
-    In bf16 and fp16 widths are filled up with zeros, which change nothing, to rows of 16 bytes: of rows of an odd number of
-    entries Triton 3.6 makes kernels that go wrong on an H200.
+    In bf16 and fp16 widths are filled up with zeros, which change nothing, to whole tiles, of values of `LEAST` columns: where
+    a tile of values is narrower than one of keys, or one of keys is not full, what Triton 3.6 makes for an H200 writes
+    beyond its shared memory (memcheck) or mixes up the rows of warps.
     """
     D, Dv = k.shape[3], v.shape[3]
     start = q.new_zeros(*k.shape[:2], D, Dv, dtype=torch.float32) if start is None else start.float()
-    if q.element_size() < 4 and (D % 8 or Dv % 8):
-        q, k, v = (F.pad(t, (0, -t.shape[3] % 8)) for t in (q, k, v))
-        start = F.pad(start, (0, -Dv % 8, 0, -D % 8))
+    keys, values = padded(D) - D, max(padded(Dv), LEAST) - Dv
+    if q.element_size() < 4 and (keys or values):
+        q, k, v = F.pad(q, (0, keys)), F.pad(k, (0, keys)), F.pad(v, (0, values))
+        start = F.pad(start, (0, values, 0, keys))
     decay = None if log_decay is None else log_decay.float()
     documents = None if reset is None else reset.expand(len(q), -1).cumsum(1, dtype=torch.int32)
     out, end, *_ = _forward(q, k.to(q.dtype), v.to(q.dtype), beta.float(), decay, start, documents, scale)

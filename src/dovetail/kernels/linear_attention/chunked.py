@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK, SPAN = 128, 2048  # tokens
-FLOOR = -40.0  # of a logarithm of decay: exp(-40) is nothing beside 1, and differences of sums over a chunk keep their digits
+FLOOR = -40.0  # of a logarithm of decay: exp(-40) is nothing beside 1, and differences of sums keep their digits
 
 
 class Rows(NamedTuple):
