@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import dovetail as dt
 from dovetail.errors import CheckpointError, ConfigError, DovetailError, RunError
-from dovetail.hub import files
+from dovetail.hub import atomic, files
 
 SPEC = {
     "kind": "decoder",
@@ -291,9 +292,9 @@ def test_kill_9_leaves_a_whole_checkpoint(folder: Path) -> None:
 
 
 def _save_up_to(target: Path, function: str, told: Any) -> None:
-    """In a child: saves a model of another width than the fixture's, up to a function of files. There it dies, or says
+    """In a child: saves a model of another width than the fixture's, up to a function of atomic. There it dies, or says
     that it is there and waits to be told to go on."""
-    plain = getattr(files, function)
+    plain = getattr(atomic, function)
 
     def stopped(*args: Any) -> Any:
         if told is None:
@@ -302,7 +303,7 @@ def _save_up_to(target: Path, function: str, told: Any) -> None:
         told.recv()
         return plain(*args)
 
-    setattr(files, function, stopped)
+    setattr(atomic, function, stopped)
     dt.save(dt.build(SPEC | {"dim": 8}), target)
 
 
@@ -343,7 +344,7 @@ def test_a_save_at_work_is_left_alone(folder: Path, function: str) -> None:
     assert ours.poll(60) and ours.recv() == "here"
     (work,) = (p for p in folder.parent.iterdir() if p.name != "model")
     before = sorted(p.name for p in work.iterdir())
-    files._clear(folder)
+    atomic._clear(folder)
     assert sorted(p.name for p in work.iterdir()) == before
     if function == "sync":
         dt.save(dt.build(SPEC), folder)
@@ -358,14 +359,14 @@ def test_a_save_at_work_is_left_alone(folder: Path, function: str) -> None:
 def test_a_target_gone_with_its_save_is_put_back(folder: Path) -> None:
     """Where two renames stand for the one step: killed between them, the old target is under its other name."""
     folder.rename(folder.with_name(".model.abcdefgh.old"))
-    with pytest.raises(ZeroDivisionError), files.atomic_folder(folder):
+    with pytest.raises(ZeroDivisionError), atomic.atomic_folder(folder):
         _ = 1 / 0
     assert dt.load(folder).spec.dim == 16 and [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
 def test_without_the_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "notes.txt").write_text("mine")
-    monkeypatch.setattr(files.sys, "platform", "darwin")
+    monkeypatch.setattr(atomic.sys, "platform", "darwin")
     dt.save(dt.build(SPEC | {"dim": 8}), folder)
     assert dt.load(folder).spec.dim == 8 and (folder / "notes.txt").read_text() == "mine"
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
@@ -376,3 +377,43 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="a file stands there"):
         dt.save(dt.build(SPEC), tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_weights_of_other_names_are_not_a_save_s(folder: Path) -> None:
+    """An adapter, or anybody's tensors, beside a model."""
+    (folder / "lora.safetensors").write_bytes(b"mine")
+    dt.save(dt.load(folder), folder)
+    assert (folder / "lora.safetensors").read_bytes() == b"mine"
+    dt.load(folder)
+
+
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        dt.save(dt.load(folder), folder / "out")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (folder / "out").iterdir()} == {0o640}
+    assert (folder / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("why", ["the working folder", "a mount", "a mount that does not look like one"])
+def test_a_folder_that_stays_where_it_is(folder: Path, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets file by file what else takes its place: the same folder, with the same others in it."""
+    shard(folder, lambda name: "")
+    (folder / "notes.txt").write_text("mine")
+    if why == "the working folder":
+        monkeypatch.chdir(folder)
+    elif why == "a mount":
+        monkeypatch.setattr(Path, "is_mount", lambda self: self == folder.resolve())
+    else:
+
+        def busy(*_: Any) -> Path:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        monkeypatch.setattr(atomic, "_exchange", busy)
+    before = folder.stat().st_ino
+    dt.save(dt.build(SPEC | {"dim": 8}), Path() if why == "the working folder" else folder)
+    assert folder.stat().st_ino == before and dt.load(folder).spec.dim == 8
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS, "notes.txt"]
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.adapters import many
 from dovetail.adapters.base import AdapterSpec, PeftConfig
 from dovetail.errors import CheckpointError, ConfigError, UserError
-from dovetail.hub import files
+from dovetail.hub import atomic, files
 from dovetail.hub.names import pieces
 from dovetail.models.build import is_causal
 from dovetail.parts.adaptable import ADAPTERS
@@ -47,7 +47,7 @@ def save_adapter(
         raise ConfigError(f"no format {format!r}", remedy='use "peft" or "dovetail"')
     target = Path(path)
     check_room(target)
-    with files.atomic_folder(target) as scratch:
+    with atomic.atomic_folder(target) as scratch:
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
         files.write_weights(scratch, plain, dict.fromkeys(plain, WEIGHTS))
         files.write_json(scratch / file, config)

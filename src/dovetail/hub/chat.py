@@ -8,14 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dovetail.errors import UserError
-
-LARGEST = 10**6  # characters or items that one product in a template may give
+from dovetail.hub.sandbox import Sandbox
 
 
 class _Generation(Extension):
@@ -26,27 +23,6 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """No attributes beginning with an underscore, no changing of what is passed in, no giant products."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        size = 0
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            size = left.bit_length() * right
-        elif operator == "*" and isinstance(left, Sequence) and isinstance(right, int):
-            size = len(left) * right
-        elif operator == "*" and isinstance(left, int) and isinstance(right, Sequence):
-            size = left * len(right)
-        if size > LARGEST:
-            raise SecurityError(f"{operator} would give more than {LARGEST} characters")
-        return super().call_binop(context, operator, left, right)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
 
 
 def _json(
@@ -66,11 +42,12 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], generate: bool,
     Templates find what transformers gives them: messages, tools, documents, add_generation_prompt, the special
     tokens, raise_exception, strftime_now, tojson, break and continue.
     """
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-    environment.filters["tojson"] = _json
+    given = {"tools": None, "documents": None} | dict(variables)
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols, _Generation]}
+    environment = Sandbox((list(messages), given), **options)
+    environment.filters["tojson"] = environment.bounded("tojson", _json)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    given = {"tools": None, "documents": None} | dict(variables)
     try:
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=generate, **given

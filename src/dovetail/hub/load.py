@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dovetail.errors import CheckpointError
-from dovetail.hub import files, sentence
+from dovetail.errors import CheckpointError, ConfigError
+from dovetail.hub import files, generation, mixed, sentence
 from dovetail.hub.remote import resolve
 from dovetail.hub.sentence import Sentence
 from dovetail.models import build
@@ -21,13 +23,19 @@ from dovetail.models.keymap import Carried
 from dovetail.spec import Spec
 
 NATIVE = "dovetail.json"
+VERSION = 1
+_DEPTHS = (
+    "num_hidden_layers num_layers num_decoder_layers n_layer n_layers encoder_layers decoder_layers depth".split()  # noqa: SIM905
+)
+_DEEPEST = 10_000  # layers, where no tensors are there to tell
 
 
 @dataclass
 class Origin:
     """Where a model came from: what a faithful save needs. folder: None once its tokenizer no longer fits.
 
-    sentence: what a sentence-transformers directory said beside the encoder.
+    sentence: what a sentence-transformers directory said beside the encoder. decoding: what it says of generating that
+    is not applied here (forced tokens, penalties).
     """
 
     folder: Path | None
@@ -36,13 +44,14 @@ class Origin:
     carried: Carried
     placed: dict[str, str] = field(default_factory=dict)
     sentence: Sentence | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
 
 
 def read_config(folder: Path, allow_keys: Iterable[str] = ()) -> tuple[Spec, Family | None, dict[str, Any]]:
     """(spec, family, config) of a directory; family None for the native layout. Raises ConfigError, CheckpointError."""
     if (folder / NATIVE).exists():
         data = files.read_json(folder / NATIVE)
-        return Spec.parse("model", data.get("spec"), where=str(folder / NATIVE)), None, data
+        return _native(ConfigReader(data, str(folder / NATIVE), allow_keys)), None, data
     said = sentence.read(folder)
     if said is not None:
         spec, entry, config = (
@@ -52,6 +61,17 @@ def read_config(folder: Path, allow_keys: Iterable[str] = ()) -> tuple[Spec, Fam
     return _published(folder, allow_keys)
 
 
+def _native(reader: ConfigReader) -> Spec:
+    reader.only("dovetail", [VERSION], "a later version of Dovetail wrote this, which may mean something else by it")
+    said = reader.take("spec", None)
+    for part in (said, *(said.get(side) for side in ("encoder", "decoder"))) if isinstance(said, dict) else ():
+        _check_depth(part if isinstance(part, dict) else {}, 0, reader.where)  # layers may be one that is shared
+    with _as_config(reader.where):
+        spec = Spec.parse("model", said, where=reader.where)
+    reader.finish()
+    return spec
+
+
 def _published(folder: Path, allow_keys: Iterable[str]) -> tuple[Spec, Family, dict[str, Any]]:
     """`read_config` of a published layout."""
     for file in dict.fromkeys(entry.file for entry in FAMILIES.values()):
@@ -59,12 +79,49 @@ def _published(folder: Path, allow_keys: Iterable[str]) -> tuple[Spec, Family, d
         if path.exists():
             config = files.read_json(path)
             entry = find(config, str(path))
-            reader = ConfigReader(config, str(path), allow_keys, files.shapes(folder) if _has_weights(folder) else {})
+            reader = ConfigReader(config, str(path), allow_keys, _shapes(folder))
             reader.used.add("model_type")
-            spec = entry.read(reader)
-            reader.finish()
+            _check_depth(config, len(reader.shapes), str(path))
+            with _as_config(str(path)):
+                spec = entry.read(reader)
+                reader.finish()
             return spec, entry, config
     raise CheckpointError("no config.json here", where=str(folder), remedy="give the directory of a model, or a hub id")
+
+
+def _check_depth(config: dict[str, Any], stored: int, where: str) -> None:
+    """Raises ConfigError for more layers than tensors: each has one, so that they need not be built to be refused."""
+    most = stored or _DEEPEST
+    for key in _DEPTHS:
+        value = config.get(key)
+        if isinstance(value, int) and value > most:
+            raise ConfigError(
+                f"{key} asks for {value if value < 10**12 else 'a great many'} layers, and "
+                + (f"{stored} tensors are stored" if stored else f"at most {_DEEPEST} are supported"),
+                where=where,
+                remedy="the config describes another model than the weights",
+            )
+
+
+@contextlib.contextmanager
+def _as_config(where: str) -> Iterator[None]:
+    """What a value of an odd sort or size brings about, as a ConfigError."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise ConfigError(
+            f"the config gives {error.title.lower()} a {place} of {str(first['input'])[:40]}: {first['msg'].lower()}",
+            where=where,
+            remedy="mend the key that says it",
+        ) from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the config cannot be read ({type(error).__name__}: {str(error)[:200]})",
+            where=where,
+            remedy="one of its keys holds another sort of value, or a larger one, than any model has",
+        ) from error
 
 
 def load(
@@ -83,8 +140,10 @@ def load(
     folder = resolve(path, revision)
     spec, entry, config = read_config(folder, allow_keys)
     said = sentence.read(folder) if entry is not None else None
+    kind = None if dtype is None else files.dtype_named(dtype)
     stored, placed = files.read_weights(folder / said.base if said else folder)
-    model = build(spec, weights=False)
+    with _as_config(str(folder)):
+        model = build(spec, weights=False)
     if entry is None:
         ours, carried = stored, Carried()
     else:
@@ -92,10 +151,12 @@ def load(
         ours, carried = entry.keymap(layout, stored, config).load(stored, str(folder))
         ours |= {} if said is None else said.load(folder)
     assign(model, ours, str(folder))
-    if dtype is not None:
-        model.to(files.dtype_named(dtype) if isinstance(dtype, str) else dtype)
+    if kind is not None:
+        model.to(kind)
+    carried.widened = mixed.let_run(model)
     model.to(device)
-    model.origin = Origin(folder, entry.name if entry else None, config, carried, placed, said)
+    name, decoding = entry.name if entry else None, generation.unapplied(folder, config)
+    model.origin = Origin(folder, name, config, carried, placed, said, decoding)
     return model
 
 
@@ -129,5 +190,5 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         module._apply(lambda t: t if t.device.type != "meta" else torch.empty_like(t, device="cpu"), recurse=False)
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return files.shapes(folder) if any(folder.glob("*.safetensors")) else {}

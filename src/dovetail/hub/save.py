@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dovetail.errors import CheckpointError, ConfigError
-from dovetail.hub import files, sentence
+from dovetail.hub import atomic, files, sentence
 from dovetail.hub.load import NATIVE, Origin
 from dovetail.hub.tokenizer import load_tokenizer
 from dovetail.models.build import build
@@ -30,12 +30,25 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
+    "target_vocab.json",
     "tokenizer.model",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "vocab.spm",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
-)
+)  # patterns, though most are plain names
+
+
+def companions(folder: Path) -> list[Path]:
+    """The tokenizer's files and their like in `folder`, relative to it."""
+    return [path.relative_to(folder) for pattern in COMPANIONS for path in sorted(folder.glob(pattern))]
 
 
 def save(
@@ -90,18 +103,23 @@ def save(
     source = Path(tokenizer_from) if tokenizer_from else origin.folder if origin else None
     if format == "hf" and origin is None and source is not None and (source / "tokenizer.json").exists():
         config |= _special_ids(source)
-    with files.atomic_folder(target) as scratch:
+    with atomic.atomic_folder(target) as scratch:
         if said is not None:
             said.write(scratch, ours)
         at = scratch / (said.base if said else "")
         at.mkdir(parents=True, exist_ok=True)
         files.write_weights(at, tensors, origin.placed if origin else None)
         files.write_json(at / name, config)
-        for companion in COMPANIONS:
-            for place in dict.fromkeys(("", said.base if said else "")):
-                if source is not None and (source / place / companion).exists():
-                    shutil.copyfile(source / place / companion, scratch / place / companion)
+        for place in dict.fromkeys(("", said.base if said else "")):
+            if source is not None:
+                _bring_companions(source / place, scratch / place)
     return target
+
+
+def _bring_companions(folder: Path, scratch: Path) -> None:
+    for companion in companions(folder):
+        (scratch / companion).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / companion, scratch / companion)
 
 
 def _refuse_unsayable(model: Any, tensors: dict[str, Tensor]) -> None:

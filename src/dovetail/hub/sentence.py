@@ -109,7 +109,7 @@ def read(folder: Path) -> Sentence | None:
     try:
         modules = json.loads(texts[MODULES])
         steps = [(str(m["type"]).rpartition(".")[2], str(m["path"])) for m in modules]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"not a list of modules with type and path ({error!r})", where=str(path)) from None
     if [kind for kind, _ in steps[:2]] != ["Transformer", "Pooling"]:
         kinds = ", ".join(kind for kind, _ in steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from dovetail.errors import CheckpointError, UserError
 from dovetail.hub import files
 from dovetail.hub.chat import render
-
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from dovetail.hub.vocabulary import SPECIAL, complete, named
 
 
 class Tokenizer:
-    """Text to ids and back, with the checkpoint's special tokens and chat template."""
+    """Text to ids and back, with the checkpoint's special tokens and chat template.
+
+    tool_template: the template of a conversation with tools, where it is another.
+    """
 
     def __init__(
         self,
@@ -28,19 +31,22 @@ class Tokenizer:
         template: str | None = None,
         extra_eos: Sequence[int] = (),
         special: Mapping[str, str] | None = None,
+        tool_template: str | None = None,
     ):
         self.fast = fast
         named_here = {"bos_token": bos, "eos_token": eos[0] if eos else None, "pad_token": pad}
         self.special = {**(special or {}), **{k: v for k, v in named_here.items() if v is not None}}
         self.bos, self.eos, self.pad, self.template = bos, tuple(eos), pad, template
+        self.tool_template = tool_template
         self.bos_id = None if bos is None else fast.token_to_id(bos)
         self.pad_id = None if pad is None else fast.token_to_id(pad)
         named = [i for t in eos if (i := fast.token_to_id(t)) is not None]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*named, *extra_eos]))
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return self.fast.get_vocab_size()
+        """The largest id and one: ids may have gaps."""
+        return max(self.fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text; special: with what the tokenizer adds by itself (a BOS, say)."""
@@ -54,9 +60,11 @@ class Tokenizer:
 
         Raises UserError when there is no template or it refuses the messages.
         """
-        if self.template is None:
+        template = self.tool_template if variables.get("tools") is not None else None
+        template = self.template if template is None else template
+        if template is None:
             raise UserError("this tokenizer has no chat template", remedy="prompt it with plain text")
-        return render(self.template, messages, generate, self.special | variables)
+        return render(template, messages, generate, self.special | variables)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -75,15 +83,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         fast = FastTokenizer.from_file(str(path))
     except Exception as error:
         raise CheckpointError(f"tokenizer.json cannot be read: {error}", where=str(path)) from None
-    config = files.read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    special_file = folder / "special_tokens_map.json"
-    special = files.read_json(special_file) if special_file.exists() else {}
-
-    def named(role: str) -> str | None:
-        value = config.get(role) or special.get(role)
-        value = value.get("content") if isinstance(value, dict) else value
-        return value if isinstance(value, str) else None
-
+    config, special, added = (
+        files.read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    complete(fast, config, special, added, folder)
+    first, second = (config, special) if "added_tokens_decoder" in config else (special, config)
+    roles = {role: token for role in SPECIAL if (token := named(first.get(role) or second.get(role))) is not None}
     ids: list[int] = []
     for file in ("generation_config.json", "config.json"):
         if (folder / file).exists():
@@ -91,24 +97,38 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             ids += [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
             if ids:
                 break
-    eos = named("eos_token")
+    eos = roles.get("eos_token")
+    template, tool_template = _templates(folder, config)
     return Tokenizer(
         fast,
-        bos=named("bos_token"),
+        bos=roles.get("bos_token"),
         eos=() if eos is None else (eos,),
-        pad=named("pad_token"),
-        template=_template(folder, config),
+        pad=roles.get("pad_token"),
+        template=template,
         extra_eos=ids,
-        special={role: token for role in SPECIAL if (token := named(role)) is not None},
+        special=roles,
+        tool_template=tool_template,
     )
 
 
-def _template(folder: Path, config: dict[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+def _templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
+    """(the chat template, the one for conversations with tools where there is another). Raises CheckpointError."""
+    value: Any = config.get("chat_template")
+    if isinstance(value, list):  # several named templates
+        value = {str(t.get("name")): t.get("template") for t in value if isinstance(t, dict)} or value
+    found: dict[str, Any] = dict(value) if isinstance(value, dict) else {"default": value}
     if (folder / "chat_template.json").exists():
-        return files.read_json(folder / "chat_template.json").get("chat_template")
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several named templates: the default one
-        return next((t.get("template") for t in value if t.get("name") == "default"), None)
-    return value
+        found = {"default": files.read_json(folder / "chat_template.json").get("chat_template")}
+    if (folder / "chat_template.jinja").exists():
+        found = {"default": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+    tools = folder / "additional_chat_templates" / "tool_use.jinja"
+    if tools.exists():
+        found["tool_use"] = tools.read_text(encoding="utf-8")
+    both = found.get("default"), found.get("tool_use")
+    if any(not isinstance(t, str | None) for t in both):
+        raise CheckpointError(
+            "chat_template is neither text nor a list of {name, template}",
+            where=str(folder),
+            remedy="mend it there, or put the template into chat_template.jinja",
+        )
+    return both

@@ -44,8 +44,10 @@ def read(config: ConfigReader) -> EncoderDecoder:
     config.only("normalize_embedding", [True], "BART's embeddings are normalised")
     config.only("add_final_layer_norm", [False], "a final norm belongs to mBART, which is not supported")
     config.only("static_position_embeddings", [False], "BART's positions are learned")
-    config.only("extra_pos_embeddings", [2], "BART's position table has two extra rows")
-    config.inert("add_bias_logits", "classif_dropout", "save_step")  # final_logits_bias is there in any case
+    # final_logits_bias is there in any case, and so are two extra rows of positions; the last is for generation.
+    config.inert(
+        "add_bias_logits", "classif_dropout", "save_step", "extra_pos_embeddings", "force_bos_token_to_be_generated"
+    )
     vocab, dim = config.int("vocab_size"), config.int("d_model")
     embedding, encoder, decoder = read_sides(config, dim)
     said = {"position": POSITIONS, "norm_in": LayerNorm()}

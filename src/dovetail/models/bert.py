@@ -15,7 +15,7 @@ from dovetail.models.activations import ACTIVATIONS, activation_name
 from dovetail.models.config import ConfigReader
 from dovetail.models.encoder import Encoder
 from dovetail.models.family import Family, cannot_say, expect, faithful, family, updated
-from dovetail.models.keymap import Concat, Keep, KeyMap, Rename, Rule, shared
+from dovetail.models.keymap import Concat, Keep, KeyMap, Rename, Rule, Twin, shared
 from dovetail.parts.activation import Gelu, Tanh
 from dovetail.parts.attention.softmax import Attention
 from dovetail.parts.block import PostNorm
@@ -90,7 +90,7 @@ def read_encoder(config: ConfigReader, names: Layout, context: int, position: Sp
     dim, heads = config.int("hidden_size"), config.int("num_attention_heads")
     if dim % heads:
         raise config.contradiction(f"hidden_size {dim} is not a multiple of num_attention_heads {heads}")
-    norm = LayerNorm(eps=config.float("layer_norm_eps", 1e-12))
+    norm = LayerNorm(eps=config.float("layer_norm_eps", 1e-12, least=0.0))
     dropout = config.float("hidden_dropout_prob", 0.1)
     activation = config.choose("hidden_act", ACTIVATIONS, "gelu")
     attention = Attention(
@@ -149,7 +149,8 @@ def _read_heads(
 
 def _architecture(config: ConfigReader, names: Layout) -> str | None:
     """Which class the config names, without the family's prefix; None for one that is not known. Raises ConfigError."""
-    for said in config.data.get("architectures") or ():
+    named = config.take("architectures", [], (str, list))
+    for said in [named] if isinstance(named, str) else named:
         short = str(said).removeprefix("XLM").removeprefix(names.cls)
         if short in _REFUSED:
             raise ConfigError(
@@ -277,6 +278,8 @@ def encoder_rules(model: Encoder, names: Layout, stored: set[str]) -> list[Rule]
             used = biases[1] if biases[1] in stored else biases[0]
             rules += [Rename(f"{output}.weight", "head_part.output.linear.weight"), Rename(used, "head_part.bias")]
             rules.append(Keep(bias))
+            if used == bias:
+                rules.append(Twin(biases[1], bias, beside=f"{output}.weight"))  # transformers reads the map's own
     rules += shared(tables, "embedding.table.weight", stored)
     pooled = model.pooling is not None
     if names.deep and model.classes and pooled:

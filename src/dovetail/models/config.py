@@ -24,7 +24,10 @@ _INERT = (
     "summary_use_proj initializer_range init_std initializer_factor unsloth_version unsloth_fixed"
 )
 INERT = frozenset(_INERT.split())
+# Keys that any full dump of transformers 4 carries, and the value that changes nothing.
+OFF = {"add_cross_attention": False, "cross_attention_hidden_size": None, "tie_encoder_decoder": False}
 
+LARGEST = 2**63 - 1  # of whole numbers and of the size of others
 _MISSING: Any = object()
 
 
@@ -60,13 +63,23 @@ class ConfigReader:
     def int(self, key: str, default: Any = _MISSING) -> Any:
         """A whole number of at least 1, or the default."""
         value = self.take(key, default, int)
-        if value is not None and value is not default and value < 1:
-            raise ConfigError(f"config key {key!r} is {value}", where=self.where, remedy="it must be at least 1")
+        if value is not None and value is not default and not 1 <= value <= LARGEST:
+            raise ConfigError(
+                f"config key {key!r} is {_short(value)}",
+                where=self.where,
+                remedy="it must be at least 1" + (f" and at most {LARGEST}" if value > LARGEST else ""),
+            )
         return value
 
-    def float(self, key: str, default: Any = _MISSING) -> Any:
-        """A number as a float, or the default."""
+    def float(self, key: str, default: Any = _MISSING, least: Any = None) -> Any:
+        """A number as a float, of at least `least`, or the default."""
         value = self.take(key, default, (int, float))
+        if value is not None and not (abs(value) < LARGEST and (least is None or value >= least)):  # NaN is neither
+            raise ConfigError(
+                f"config key {key!r} is {_short(value)}",
+                where=self.where,
+                remedy="it must be a finite number" + ("" if least is None else f" of at least {least}"),
+            )
         return value if value is None else float(value)
 
     def bool(self, key: str, default: Any = _MISSING) -> bool:
@@ -104,12 +117,16 @@ class ConfigReader:
     def finish(self) -> None:
         """Raises ConfigError for the keys that nobody took and that are not known to be inert."""
         if self.data.get("quantization_config"):
-            method = self.data["quantization_config"].get("quant_method", "?")
+            said = self.data["quantization_config"]
+            method = said.get("quant_method", "?") if isinstance(said, Mapping) else repr(said)
             raise ConfigError(
                 f"the checkpoint is quantised ({method}), which is not supported",
                 where=f"{self.where}: quantization_config",
                 remedy="use an unquantised checkpoint of this model",
             )
+        for key, value in OFF.items():
+            if key not in self.used:
+                self.only(key, [value], "it belongs to an encoder-decoder made of two models")
         unknown = [
             key
             for key in self.data
@@ -122,6 +139,11 @@ class ConfigReader:
                 where=self.where,
                 remedy=f"if it changes nothing, allow it: --allow-key {unknown[0]} (dt.load(..., allow_keys=[{unknown[0]!r}]))",
             )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:30]}..."
 
 
 def _names(kind: type | tuple[type, ...]) -> str:

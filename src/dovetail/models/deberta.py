@@ -64,7 +64,10 @@ def read(config: ConfigReader) -> Encoder:
     config.only("embedding_size", [dim], "embeddings narrower than the model are not supported")
     config.only("attention_head_size", [dim // heads], "heads of another width are not supported")
     config.only("tie_word_embeddings", [True], "the head is the embedding's transpose here")
-    norm, dropout = LayerNorm(eps=config.float("layer_norm_eps", 1e-7)), config.float("hidden_dropout_prob", 0.1)
+    norm, dropout = (
+        LayerNorm(eps=config.float("layer_norm_eps", 1e-7, least=0.0)),
+        config.float("hidden_dropout_prob", 0.1),
+    )
     activation = config.choose("hidden_act", ACTIVATIONS, "gelu")
     context = config.int("max_position_embeddings", 512)
     position, scale = read_position(config, dim // heads, norm, dropout, context)

@@ -51,7 +51,7 @@ def find(config: dict[str, Any], where: str) -> Family:
                 return entry
         known = [t for entry in FAMILIES.values() for t in entry.model_types]
         raise ConfigError(
-            f"model_type {model_type!r} is not supported", where=where, remedy=did_you_mean(model_type, known)
+            f"model_type {model_type!r} is not supported", where=where, remedy=did_you_mean(str(model_type), known)
         )
     for entry in FAMILIES.values():
         if entry.recognise(config):

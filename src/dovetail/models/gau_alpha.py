@@ -48,7 +48,7 @@ def read(config: ConfigReader) -> Encoder:
     why = "squared_relu divides by the length of each row there, where dovetail's relu2 has one length"
     config.only("normalization", _NORMALISERS, why)
     dropout = config.float("hidden_dropout_prob", 0.1)
-    norm = RmsNorm(eps=config.float("layer_norm_eps", 1e-12), affine=False)
+    norm = RmsNorm(eps=config.float("layer_norm_eps", 1e-12, least=0.0), affine=False)
     unit = GatedAttentionUnit(
         hidden=config.int("intermediate_size"),
         key_dim=config.int("attention_key_size", 128),

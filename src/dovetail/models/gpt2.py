@@ -38,7 +38,7 @@ def read(config: ConfigReader) -> Decoder:
     dim, heads, depth = config.int("n_embd"), config.int("n_head"), config.int("n_layer")
     if dim % heads:
         raise config.contradiction(f"n_embd {dim} is not a multiple of n_head {heads}")
-    norm = LayerNorm(eps=config.float("layer_norm_epsilon", 1e-5))
+    norm = LayerNorm(eps=config.float("layer_norm_epsilon", 1e-5, least=0.0))
     attention = Attention(heads=heads, bias="all", dropout=config.float("attn_pdrop", 0.1), position=NoPosition())
     feedforward = Mlp(
         hidden=config.int("n_inner", 4 * dim), activation=config.choose("activation_function", ACTIVATIONS, "gelu_new")

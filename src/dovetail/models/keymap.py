@@ -59,6 +59,7 @@ class Reshape(Rename):
     rows: ClassVar[bool] = False
 
     def load(self, parts: list[Tensor]) -> list[Tensor]:
+        expect_shape(parts[0], self.stored_shape, self.stored)
         return [parts[0].reshape(self.our_shape)]
 
     def save(self, parts: list[Tensor]) -> list[Tensor]:
@@ -76,6 +77,9 @@ class Concat:
     rows: ClassVar[bool] = True
 
     def load(self, parts: list[Tensor]) -> list[Tensor]:
+        for name, part, size in zip(self.stored, parts, self.sizes, strict=True):
+            if part.dim() <= self.dim or part.shape[self.dim] != size:
+                raise _wrong(part, f"{size} along dimension {self.dim}", name)
         return [torch.cat(parts, self.dim)]
 
     def save(self, parts: list[Tensor]) -> list[Tensor]:
@@ -135,22 +139,44 @@ class Alias:
 
 @dataclass(frozen=True)
 class Keep:
-    """Stored but not used (old rotary tables): carried along and written back as it was."""
+    """Stored but not used (old rotary tables): carried along and written back as it was.
+
+    shape: what its readers ask for now, where it is a table that they make anew if it is left out.
+    """
 
     pattern: str
+    shape: tuple[int, ...] | None = None
+
+    def fits(self, name: str, tensor: Tensor) -> bool:
+        """Whether this is about `name` and the tensor can still be read."""
+        return fnmatch.fnmatchcase(name, self.pattern) and self.shape in (None, tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A second stored name of what `of` stores, read by some: written too, unless the checkpoint, in which `beside` was a
+    tensor of its own, did without."""
+
+    stored: str
+    of: str
+    beside: str
 
 
 Moving = Rename | Concat | Split | Stack
-Rule = Moving | Alias | Keep
+Rule = Moving | Alias | Keep | Twin
 
 
 @dataclass
 class Carried:
-    """What a load must remember for a faithful save: dtypes, extra tensors, aliases that were there, order."""
+    """What a load must remember for a faithful save: dtypes, extra tensors, aliases that were there, order.
+
+    widened: the dtype that all weights were given in memory, where what is stored is a mixture that does not run.
+    """
 
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    widened: torch.dtype | None = None
 
 
 def shared(names: Sequence[str], ours: str, stored: Iterable[str]) -> list[Rule]:
@@ -164,9 +190,10 @@ class KeyMap:
     """An ordered list of rules. Names that no rule knows are errors, in both directions."""
 
     def __init__(self, rules: Sequence[Rule]):
-        self.moving: list[Moving] = [r for r in rules if not isinstance(r, (Alias, Keep))]
+        self.moving: list[Moving] = [r for r in rules if not isinstance(r, (Alias, Keep, Twin))]
         self.aliases = [r for r in rules if isinstance(r, Alias)]
         self.keeps = [r for r in rules if isinstance(r, Keep)]
+        self.twins = [r for r in rules if isinstance(r, Twin)]
 
     def stored_names(self) -> set[str]:
         """Every stored name that must be there."""
@@ -232,7 +259,8 @@ class KeyMap:
                 raise CheckpointError(f"the model has no {_some(absent)}, which the layout stores as {names[0]}")
             parts = rule.save([ours[t] for t in targets])
             stored = [carried.dtypes[n] for n in names if n in carried.dtypes]
-            if stored and all(ours[t].dtype == functools.reduce(torch.promote_types, stored) for t in targets):
+            loaded = {functools.reduce(torch.promote_types, stored), carried.widened} if stored else set()
+            if all(ours[t].dtype in loaded for t in targets):
                 parts = [p.to(carried.dtypes.get(n, p.dtype)) for n, p in zip(names, parts, strict=True)]
             out.update((n, p.contiguous()) for n, p in zip(names, parts, strict=True))
             taken.update(targets)
@@ -245,7 +273,21 @@ class KeyMap:
         for alias in self.aliases:
             if alias.stored in carried.aliases:
                 out[alias.stored] = out[alias.of].clone()
-        return out | carried.kept
+        for twin in self.twins:
+            if twin.beside not in carried.dtypes or twin.beside in carried.aliases:
+                out[twin.stored] = out[twin.of].clone()
+        return out | {n: t for n, t in carried.kept.items() if any(keep.fits(n, t) for keep in self.keeps)}
+
+
+def expect_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Raises RuntimeError, which a key map reports."""
+    if tuple(tensor.shape) != shape:
+        raise _wrong(tensor, str(shape), name)
+
+
+def _wrong(tensor: Tensor, wanted: str, name: str) -> RuntimeError:
+    """Of a part whose size another part makes up for: what they make together would not show it."""
+    return RuntimeError(f"{name} is stored as {tuple(tensor.shape)}, and the config asks for {wanted}")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from dovetail.parts.position.base import NoPosition
 from dovetail.spec import Ref, Spec
 
 _BIAS = {"qwen2": "qkv"}  # model types whose q, k, v carry a bias that no config key announces
+_SAYS_BIAS = {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}  # elsewhere these keys are read by nobody
 # What transformers assumes where a config lacks a key (null is something else: no window, as many key heads as heads).
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
 _ABSENT: dict[str, dict[str, Any]] = {
@@ -55,14 +56,14 @@ def read(config: ConfigReader) -> Decoder:
     kind = config.take("model_type", "llama")
     dim, heads, depth = config.int("hidden_size"), config.int("num_attention_heads"), config.int("num_hidden_layers")
     context = config.int("max_position_embeddings", _ABSENT[kind]["max_position_embeddings"])
-    norm = RmsNorm(eps=config.float("rms_norm_eps", 1e-6))
+    norm = RmsNorm(eps=config.float("rms_norm_eps", 1e-6, least=0.0))
     head_dim = config.int("head_dim", _absent(config.data, kind, "head_dim"))
     kv_heads = config.int("num_key_value_heads", _absent(config.data, kind, "num_key_value_heads", heads))
     if head_dim is None and dim % heads:
         raise config.contradiction(f"hidden_size {dim} is not a multiple of num_attention_heads {heads}")
     if heads % kv_heads:
         raise config.contradiction(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    bias = _BIAS.get(kind) or ("all" if config.bool("attention_bias", False) else "none")
+    bias = "all" if _says(config, kind, "attention_bias") else _BIAS.get(kind, "none")
     attention = Attention(
         heads=heads,
         kv_heads=kv_heads,
@@ -75,9 +76,19 @@ def read(config: ConfigReader) -> Decoder:
     feedforward = Glu(
         hidden=config.int("intermediate_size"),
         activation=config.choose("hidden_act", ACTIVATIONS, "silu"),
-        bias=config.bool("mlp_bias", False),
+        bias=_says(config, kind, "mlp_bias"),
     )
     windows = _windows(config, kind, depth)
+    config.only("use_mrope", [False], "positions on several axes belong to models that see")
+    config.only("rope_interleaved", [False], "pairs side by side are Meta's layout, with its params.json")
+    config.inert("is_llama_config", "transformers.js_config")
+    tied = config.bool("tie_word_embeddings", False)
+    if "norm.weight" in config.shapes and "lm_head.weight" not in config.shapes and not tied:
+        raise ConfigError(
+            f"this is the body of a {kind} alone (an embedding model, say), and a decoder has a head",
+            where=config.where,
+            remedy='set "tie_word_embeddings": true there: its last_hidden_state is what such a model gives',
+        )
     blocks = tuple(
         PreNorm(mixer=attention.replace(mask=Window(size=w) if w else None), feedforward=feedforward, norm=norm)
         for w in windows
@@ -89,9 +100,17 @@ def read(config: ConfigReader) -> Decoder:
         context=context,
         blocks=blocks,
         norm=norm,
-        head=Ref(path="embedding") if config.bool("tie_word_embeddings", False) else LinearHead(),
+        head=Ref(path="embedding") if tied else LinearHead(),
         init=Normal(std=config.float("initializer_range", 0.02)),
     )
+
+
+def _says(config: ConfigReader, kind: str, key: str) -> bool:
+    """Whether a bias is said, by a key that models of this type read."""
+    if kind in _SAYS_BIAS[key]:
+        return config.bool(key, False)
+    config.inert(key)
+    return False
 
 
 def _windows(config: ConfigReader, kind: str, depth: int) -> list[int | None]:
@@ -110,7 +129,11 @@ def _windows(config: ConfigReader, kind: str, depth: int) -> list[int | None]:
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(f"layer types {sorted(unknown)} are not supported", where=f"{config.where}: layer_types")
-    if window is None and "sliding_attention" in types:
+    if (
+        window is None
+        and "sliding_attention" in types
+        and (kind == "llama" or config.bool("use_sliding_window", False))
+    ):
         raise config.contradiction("layer_types has sliding layers, but no sliding_window is in use")
     return [window if t == "sliding_attention" else None for t in types]
 

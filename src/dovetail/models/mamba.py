@@ -63,7 +63,7 @@ def read(config: ConfigReader) -> Decoder:
         dt_max=config.float("time_step_max", 0.1),
         dt_floor=config.float("time_step_floor", 1e-4),
     )
-    norm = RmsNorm(eps=config.float("layer_norm_epsilon", 1e-5))
+    norm = RmsNorm(eps=config.float("layer_norm_epsilon", 1e-5, least=0.0))
     return Decoder(
         vocab=config.int("vocab_size", 50280),
         dim=dim,

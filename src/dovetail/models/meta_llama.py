@@ -33,7 +33,7 @@ def read(config: ConfigReader) -> Decoder:
         hidden = multiple * -(-hidden // multiple)
     scaled = config.bool("use_scaled_rope", False)
     window = config.int("sliding_window", None)
-    norm = RmsNorm(eps=config.float("norm_eps", 1e-5))
+    norm = RmsNorm(eps=config.float("norm_eps", 1e-5, least=0.0))
     attention = Attention(
         heads=heads,
         kv_heads=config.int("n_kv_heads", heads),

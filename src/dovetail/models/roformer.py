@@ -36,7 +36,8 @@ def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
 
 def keymap(spec: Spec, stored: Iterable[str], config: dict[str, Any]) -> KeyMap:
     model: Any = spec
-    table_of_sines = Keep("*encoder.embed_positions.weight")
+    rows, width = config.get("max_position_embeddings") or 1536, model.blocks[0].mixer.sizes(model.dim)[2]
+    table_of_sines = Keep("*encoder.embed_positions.weight", (rows, width))
     return KeyMap([*encoder_rules(model, NAMES, set(stored)), table_of_sines])
 
 

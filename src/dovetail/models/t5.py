@@ -91,7 +91,7 @@ def read_stack(config: ConfigReader, depth: int, path: str, cross: bool = False)
     attention = Attention(
         heads=config.int("num_heads"), head_dim=config.int("d_kv"), scale=1.0, dropout=dropout, position=NoPosition()
     )
-    norm = RmsNorm(eps=config.float("layer_norm_epsilon", 1e-6))
+    norm = RmsNorm(eps=config.float("layer_norm_epsilon", 1e-6, least=0.0))
     block = PreNorm(
         mixer=attention.replace(position=table),
         cross=attention if cross else None,
@@ -108,12 +108,12 @@ def read_feedforward(config: ConfigReader, dropout: float) -> Glu | Mlp:
     """feed_forward_proj says gate and activation; `is_gated_act` and `dense_act_fn` say them again, or instead."""
     said = config.take("feed_forward_proj", _FEED_FORWARD[kind_of(config.data)], str)
     gate, _, name = said.rpartition("-")
-    if gate not in ("", "gated") or name not in ACTIVATIONS:
+    activation = activation_of(said)
+    if activation is None:
         raise config.contradiction(
             f"feed_forward_proj {said!r} is neither an activation nor gated-ACTIVATION",
             remedy=f"known activations: {', '.join(ACTIVATIONS)}",
         )
-    activation = GeluTanh() if said == "gated-gelu" else ACTIVATIONS[name]
     if "dense_act_fn" in config:
         again = config.choose("dense_act_fn", ACTIVATIONS, name)
         if "feed_forward_proj" in config and again != activation:
@@ -128,6 +128,14 @@ def read_feedforward(config: ConfigReader, dropout: float) -> Glu | Mlp:
     if gated:
         return Glu(hidden=hidden, activation=activation, dropout=dropout)
     return Mlp(hidden=hidden, activation=activation, bias=False, dropout=dropout)
+
+
+def activation_of(said: str) -> Spec | None:
+    """What a feed_forward_proj means, whether gated or not; None where it means nothing."""
+    gate, _, name = said.rpartition("-")
+    if gate not in ("", "gated"):
+        return None
+    return GeluTanh() if said == "gated-gelu" else ACTIVATIONS.get(name)
 
 
 def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +190,9 @@ def write_stack(stack: Any, model: Any, side: str, config: dict[str, Any]) -> di
     heads, _, width, _ = mixer.sizes(model.dim)
     gate = "gated-" if isinstance(ff, Glu) else ""
     name = "gelu" if gate and ff.activation == GeluTanh() else activation_name(ff.activation, "t5")
+    said = config.get("feed_forward_proj") or ""
+    if said.startswith("gated-") != bool(gate) or activation_of(said) != ff.activation:
+        said = gate + name
     semantic = {
         "d_kv": width,
         "d_ff": ff.width(model.dim),
@@ -191,7 +202,7 @@ def write_stack(stack: Any, model: Any, side: str, config: dict[str, Any]) -> di
         "relative_attention_max_distance": table.max_distance,
         "layer_norm_epsilon": norm.eps,
         "dropout_rate": block.dropout,
-        "feed_forward_proj": gate + name,
+        "feed_forward_proj": said,
     }
     if "dense_act_fn" in config:
         semantic["dense_act_fn"] = activation_name(ff.activation, "t5", config["dense_act_fn"])

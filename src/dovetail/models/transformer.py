@@ -57,7 +57,7 @@ def read(config: ConfigReader) -> EncoderDecoder:
     config.only("normalize_embedding", [False], "Marian's embeddings are not normalised")
     config.only("add_final_layer_norm", [False], "a final norm is not Marian's")
     config.only("static_position_embeddings", [True], "Marian's positions are sinusoidal")
-    config.inert("add_bias_logits", "classif_dropout", "extra_pos_embeddings")
+    config.inert("add_bias_logits", "classif_dropout", "extra_pos_embeddings", "force_bos_token_to_be_generated")
     vocab, dim = config.int("vocab_size"), config.int("d_model")
     target = config.int("decoder_vocab_size", vocab)
     one = config.bool("share_encoder_decoder_embeddings", True)
@@ -96,7 +96,8 @@ def keymap(spec: Spec, stored: Iterable[str], config: dict[str, Any]) -> KeyMap:
     stored = set(stored)
     prefix = bart.prefix_of(stored)
     source, target = f"{prefix}encoder.embed_tokens.weight", f"{prefix}decoder.embed_tokens.weight"
-    rules: list[Rule] = [Keep(f"{prefix}{side}.embed_positions.weight") for side in ("encoder", "decoder")]
+    sines = (config.get("max_position_embeddings") or 1024, model.dim)
+    rules: list[Rule] = [Keep(f"{prefix}{side}.embed_positions.weight", sines) for side in ("encoder", "decoder")]
     if model.decoder_embedding.kind == "ref":
         names = [f"{prefix}shared.weight", source, target, "lm_head.weight"]
         rules += shared(names, "embedding.table.weight", stored)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dovetail.models.activations import ACTIVATIONS, activation_name
 from dovetail.models.config import ConfigReader
 from dovetail.models.family import Family, expect, faithful, family, updated
-from dovetail.models.keymap import Concat, KeyMap, Rename, Reshape, Rule, shared
+from dovetail.models.keymap import Concat, KeyMap, Rename, Reshape, Rule, expect_shape, shared
 from dovetail.models.two_stream import TwoStream
 from dovetail.parts.attention.softmax import Attention
 from dovetail.parts.biased_head import BiasedHead
@@ -67,7 +67,7 @@ def read(config: ConfigReader) -> TwoStream:
         activation=config.choose("ff_activation", ACTIVATIONS, "gelu"),
         dropout=dropout,
     )
-    norm = LayerNorm(eps=config.float("layer_norm_eps", 1e-12))
+    norm = LayerNorm(eps=config.float("layer_norm_eps", 1e-12, least=0.0))
     tied = config.bool("tie_word_embeddings", True)
     head = BiasedHead(output=Ref(path="embedding") if tied else LinearHead())
     return TwoStream(
@@ -130,6 +130,8 @@ class Heads(Concat):
     rows: ClassVar[bool] = False
 
     def load(self, parts: list[Tensor]) -> list[Tensor]:
+        for name, part in zip(self.stored, parts, strict=True):
+            expect_shape(part, self.shape, name)
         return [torch.cat([part.flatten(1).t() for part in parts])]
 
     def save(self, parts: list[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ import yaml
 
 from dovetail.errors import SpecError, did_you_mean
 from dovetail.spec import registry
+from dovetail.spec.documents import Loader
 from dovetail.spec.spec import Spec, field_category
 
 
@@ -39,7 +40,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not sign or not path:
         raise SpecError(f"{text!r} is not an override", remedy="write path=value, e.g. blocks.*.mixer.kv_heads=2")
     try:
-        return path.strip(), yaml.safe_load(value)
+        return path.strip(), yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"the value of {path} is not YAML: {error}", where=text) from None
 
@@ -218,7 +219,7 @@ def _index(step: str, length: int, path: str) -> list[int]:
             found = list(range(length))[slice(*(int(p) if p else None for p in step.split(":")))]
         else:
             found = [range(length)[int(step)]]
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, TypeError):  # the last: more than two colons
         found = []
     if not found:
         raise SpecError(

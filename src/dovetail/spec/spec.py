@@ -23,7 +23,7 @@ from dovetail.spec.slot import Slot
 class Spec(BaseModel):
     """Base of every part's spec. Subclasses add fields and `build`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
     category: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     adopts: ClassVar[str | None] = None  # the field that an override at this part's place may fill (rope: scaling)

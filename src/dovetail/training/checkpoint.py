@@ -9,8 +9,11 @@ It is written under a hidden name, synced, and renamed: a kill or a full disk le
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from dovetail import hub
 from dovetail.adapters import adapters
 from dovetail.adapters.many import learned
 from dovetail.errors import CheckpointError, RunError
-from dovetail.hub import files
+from dovetail.hub import atomic, files
 from dovetail.training.optim import Average
 
 FOLDER = "checkpoints"
@@ -43,24 +46,28 @@ def save(
     final, part = root / f"step-{step:08d}", root / f".step-{step:08d}.part"
     if final.exists():
         return final
+    _refuse_another(root)
+    lock = None
     try:
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(".*step-*"):  # what a kill left behind
             shutil.rmtree(stale)
         if adapters(model):
             part.mkdir()
+            lock = _locked(part)
             files.write_weights(part, learned(model))
         else:
             hub.save(model, part, format="dovetail", tokenizer_from=out)
+            lock = _locked(part)
         torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_tensors()}, part / "optimizer.pt")
         if average is not None:
             save_file({k: v.cpu().contiguous() for k, v in average.shadow.items()}, part / "ema.safetensors")
         text = json.dumps(state | {"step": step, "rng": _rng_plain()})
         (part / "state.json").write_text(text, encoding="utf-8")
         for path in (*part.iterdir(), part):
-            files.sync(path)
+            atomic.sync(path)
         part.replace(final)
-        files.sync(root)
+        atomic.sync(root)
         for old in found(out)[:-keep]:
             hidden = old.with_name(f".{old.name}.old")  # half a deletion must not look like a checkpoint
             old.replace(hidden)
@@ -75,7 +82,31 @@ def save(
             remedy="free some space and resume"
             + (f"; {last[-1].name} is intact" if last else "; no earlier checkpoint exists"),
         ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
     return final
+
+
+def _locked(part: Path) -> int | None:
+    """A descriptor that holds the lock of a folder; None where the system has no such locks (NFS)."""
+    try:
+        return atomic.lock(part)
+    except OSError:
+        return None
+
+
+def _refuse_another(root: Path) -> None:
+    """Raises RunError where another process is at work on a checkpoint of this run."""
+    for part in root.glob(".*step-*"):
+        try:
+            os.close(atomic.lock(part))
+        except BlockingIOError:
+            raise RunError(
+                "another process writes a checkpoint of this run", where=str(part), remedy="let one of them alone go on"
+            ) from None
+        except OSError:
+            pass  # gone, or no locks here
 
 
 def found(out: Path) -> list[Path]:
@@ -100,13 +131,7 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer, average:
             _copy(average.shadow, load_file(folder / "ema.safetensors"), folder)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"the optimiser's state does not fit: {error}", where=str(folder)) from error
-    torch.set_rng_state(saved["rng"]["torch"])
-    if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-    version, keys, gauss = state["rng"]["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, at, has_gauss, cached = state["rng"]["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), at, has_gauss, cached))  # noqa: NPY002
+    _set_rng(saved["rng"], state["rng"])
     return state
 
 
@@ -130,6 +155,26 @@ def _reason(error: Exception) -> str:
     if isinstance(cause, OSError):
         return cause.strerror or str(cause)
     return str(error).splitlines()[0]
+
+
+@contextmanager
+def same_random() -> Iterator[None]:
+    """What is drawn inside changes nothing of what is drawn after it."""
+    tensors, plain = _rng_tensors(), _rng_plain()
+    try:
+        yield
+    finally:
+        _set_rng(tensors, plain)
+
+
+def _set_rng(tensors: dict[str, Any], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available() and len(tensors["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(tensors["cuda"])
+    version, keys, gauss = plain["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, at, has_gauss, cached = plain["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), at, has_gauss, cached))  # noqa: NPY002
 
 
 def _rng_tensors() -> dict[str, Any]:

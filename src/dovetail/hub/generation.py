@@ -1,0 +1,38 @@
+"""What a directory says of generating beyond the ids that end a text: kept, and not applied here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dovetail.hub import files
+
+FILE = "generation_config.json"
+# Keys that change what greedy decoding or a beam gives, and the value that changes nothing.
+_NEUTRAL = {
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "forced_decoder_ids": None,
+    "force_bos_token_to_be_generated": False,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+}
+
+
+def unapplied(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Keys with values under which transformers' generate gives other text than ours.
+
+    They stand in generation_config.json; older directories have them in config.json.
+    """
+    said = files.read_json(folder / FILE) if (folder / FILE).exists() else config
+    return {key: said[key] for key, neutral in _NEUTRAL.items() if said.get(key) not in (None, neutral, [])}

@@ -1,0 +1,128 @@
+"""What the files beside a tokenizer.json say of its tokens, made part of it as transformers does.
+
+Nearly every checkpoint's tokenizer.json has all its tokens, and then nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.normalizers import BertNormalizer
+
+from dovetail.errors import CheckpointError
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take a tokenizer.json as it is
+_CASES = {
+    "do_lower_case": "lowercase",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+    "strip_accents": "strip_accents",
+}
+
+
+def named(value: Any) -> str | None:
+    """The text of a token that a file gives as text or as a mapping with `content`."""
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else None
+
+
+def complete(
+    fast: FastTokenizer, config: Mapping[str, Any], special: Mapping[str, Any], added: Mapping[str, Any], where: Path
+) -> None:
+    """Adds to `fast` what tokenizer_config.json, special_tokens_map.json and added_tokens.json say beside it.
+
+    With `added_tokens_decoder` the first alone counts. Raises CheckpointError for tokens that are none, and for one
+    that would not get the id it is said to have.
+    """
+    # A length to cut or fill to is a call's to choose: exports of sentence encoders carry one.
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = config.get("split_special_tokens") is True
+    _set_case(fast, config)
+    roles = dict(config) if "added_tokens_decoder" in config else {**config, **special}
+    there = {token.content: token for token in fast.get_added_tokens_decoder().values()}
+    new: dict[str, AddedToken] = {}
+    ids: dict[str, Any] = {}
+    titles = {text for role in roles if _is_role(role) and (text := named(roles[role])) is not None}
+    try:
+        numbered, titled = list(_numbered(roles, added, titles)), list(_titled(roles))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the added tokens cannot be read ({error!r})",
+            where=str(where),
+            remedy="look at added_tokens_decoder, extra_special_tokens and added_tokens.json there",
+        ) from None
+    for number, token in numbered:
+        if token.content in titles:
+            token.special = True
+        if token.content not in there or _flags(token) != _flags(there[token.content]):
+            new[token.content], ids[token.content] = token, number
+    for token in titled:
+        if token.content not in there and token.content not in new:
+            new[token.content] = token
+    if not new:
+        return
+    fast.add_tokens(list(new.values()))
+    for content, number in ids.items():
+        if content not in there and fast.token_to_id(content) != number:
+            raise CheckpointError(
+                f"the token {content!r} is said to have id {number}, and tokenizer.json, which lacks it, leaves it "
+                f"{fast.token_to_id(content)}",
+                where=str(where),
+                remedy="save the tokenizer again with the library that made it, so that tokenizer.json has the token",
+            )
+
+
+def _numbered(roles: Mapping[str, Any], added: Mapping[str, Any], titles: set[str]) -> Iterator[tuple[int, AddedToken]]:
+    """The tokens that a file gives an id, in the order of their ids."""
+    said = roles.get("added_tokens_decoder")
+    if said is not None:
+        yield from sorted(((int(i), _token(t, False)) for i, t in said.items()), key=lambda pair: pair[0])
+        return
+    special = titles | {named(t) for key in _EXTRA for t in roles.get(key) or ()}
+    for content, number in sorted(added.items(), key=lambda pair: int(pair[1])):
+        yield int(number), AddedToken(content, normalized=content not in special, special=content in special)
+
+
+def _titled(roles: Mapping[str, Any]) -> Iterator[AddedToken]:
+    """The special tokens that have a role, then those that have none."""
+    for role in dict.fromkeys((*SPECIAL, *roles)):
+        if _is_role(role) and named(roles.get(role)):
+            yield _token(roles[role], True)
+    extra = roles.get("extra_special_tokens", roles.get("additional_special_tokens"))
+    for value in (extra.values() if isinstance(extra, Mapping) else extra) or ():
+        if named(value):
+            yield _token(value, True)
+
+
+def _is_role(key: str) -> bool:
+    return key in SPECIAL or (key.endswith("_token") and not key.startswith("add_"))
+
+
+def _token(value: Any, special: bool) -> AddedToken:
+    """A token from its text, or from a mapping with its text and its flags."""
+    if isinstance(value, str):
+        return AddedToken(value, special=special)
+    flags = {name: value[name] for name in _FLAGS if name in value}
+    return AddedToken(str(value["content"]), **flags | ({"special": True} if special else {}))
+
+
+def _flags(token: AddedToken) -> tuple[bool, ...]:
+    return tuple(getattr(token, name) for name in _FLAGS)
+
+
+def _set_case(fast: FastTokenizer, config: Mapping[str, Any]) -> None:
+    """BERT's own classes go by these keys where tokenizer.json says something else."""
+    normalizer = fast.normalizer
+    if not isinstance(normalizer, BertNormalizer) or config.get("tokenizer_class") in _GENERIC:
+        return
+    for key, name in _CASES.items():
+        if isinstance(config.get(key), bool) and config[key] != getattr(normalizer, name):
+            setattr(normalizer, name, config[key])
+    fast.normalizer = normalizer
