@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from dovetail.data import TokenSet, prepare, train_tokenizer
 from dovetail.data.corpus import Files, Folder, JsonLines, TextFile
 from dovetail.data.pydoc import HELD_OUT, TRAIN, Pydoc
 from dovetail.data.tokenizer import encode_documents
-from dovetail.errors import DataError
+from dovetail.errors import DataError, RunError
 from dovetail.spec import Spec
 from oracles import oracle_for
 
@@ -65,6 +67,18 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             list(corpus.documents())
+
+
+def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(b"a\r\nb\rc\n\r\n---\r\nd\r\n")
+    assert list(TextFile(path=str(tmp_path / "t")).documents()) == ["a\r\nb\rc\n\r\n---\r\nd\r\n"]
+    assert list(TextFile(path=str(tmp_path / "t"), separator="\n---\n").documents()) == ["a\r\nb\rc\n", "d\r\n"]
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "x\\ud800y"}\n')
+    with pytest.raises(DataError, match=r"(?s)'\\ud800', is no character.*t\.jsonl:2"):
+        JsonLines(path=str(tmp_path / "t.jsonl")).fingerprint()
 
 
 @oracle_for("corpus", "pydoc")
@@ -122,6 +136,26 @@ def test_token_set_is_the_documents_end_to_end(tokenizer: Any, tmp_path: Path) -
     assert Path(again.tokens.filename).stat().st_mtime_ns == stamp  # type: ignore[arg-type]
     (tmp_path / "t").write_text("other")
     assert prepare(corpus, tokenizer, tmp_path / "cache").meta["text_sha256"] != made.meta["text_sha256"]
+
+
+def test_a_full_disk_while_tokenising_leaves_nothing(tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    corpus = Files(paths=(str(tmp_path / "t"),))
+    (tmp_path / "t").write_text("some text here")
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for broken in ("fsync", "replace"):
+        monkeypatch.setattr(os, broken, full)
+        with pytest.raises(RunError, match=r"(?s)could not be written: No space left.*data\.cache"):
+            prepare(corpus, tokenizer, tmp_path)
+        if broken == "replace":
+            with pytest.raises(RunError, match="tokenizer could not be written"):
+                train_tokenizer(TEXTS, 258, tmp_path / "words")
+            assert [p.name for p in (tmp_path / "words").iterdir()] == ["tokenizer_config.json"]
+        monkeypatch.undo()
+        assert not list((tmp_path / "tokens").iterdir())
+    assert prepare(corpus, tokenizer, tmp_path).documents == 1
 
 
 def test_damaged_or_empty_sets_are_refused(tokenizer: Any, tmp_path: Path) -> None:

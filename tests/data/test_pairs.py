@@ -143,11 +143,12 @@ def test_pairs_do_not_see_each_other_when_packed(tmp_path: Path, tokenizer: Any)
 
 def test_a_fit_learns_completions_alone(tmp_path: Path) -> None:
     rows = [{"prompt": f"say {i}:", "completion": f" {i * i} times"} for i in range(40)]
-    corpus = {"kind": "pairs", "path": jsonl(tmp_path, rows)}
+    (tmp_path / "some").mkdir()
+    corpus, some = ({"kind": "pairs", "path": p} for p in (jsonl(tmp_path, rows), jsonl(tmp_path / "some", rows[:30])))
     recipe = {
         "model": {"kind": "decoder", "dim": 16, "depth": 1},
         "tokenizer": {"train": 280},
-        "data": {"train": corpus, "held_out": corpus, "cache": str(tmp_path / "cache")},
+        "data": {"train": corpus, "held_out": some, "cache": str(tmp_path / "cache")},
         "train": {"steps": 4, "batch": 2, "length": 32, "lr": 1e-2, "autocast": "none", "device": "cpu"},
         "out": str(tmp_path / "out"),
     }
@@ -155,11 +156,12 @@ def test_a_fit_learns_completions_alone(tmp_path: Path) -> None:
         result = fit(recipe, [f"data.pack={pack}", f"out={tmp_path / pack}"], progress=False)
         tokenizer = hub.load_tokenizer(tmp_path / pack)
         encoded = encode_pairs(tokenizer, [(row["prompt"], row["completion"]) for row in rows])
-        assert result.held_out is not None and result.held_out["tokens"] == sum(len(after) for _, after in encoded)
+        scored = encoded[:30]
+        assert result.held_out is not None and result.held_out["tokens"] == sum(len(after) for _, after in scored)
         model: Any = hub.load(tmp_path / pack)
         nats = 0.0
         with torch.no_grad():
-            for before, after in encoded:
+            for before, after in scored:
                 log_p = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
                 nats -= float(log_p[len(before) - 1 : -1].gather(-1, torch.tensor(after)[:, None]).sum())
         assert result.held_out["nats"] == pytest.approx(nats / result.held_out["tokens"], rel=1e-5)

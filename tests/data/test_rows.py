@@ -30,7 +30,7 @@ def predictions(rows: PackedRows | DocumentRows) -> list[tuple[int, int]]:
     ]
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12).filter(lambda x: sum(x) > 1), st.integers(2, 16))
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda x: sum(x) > 1), st.integers(2, 16))
 @settings(max_examples=60, deadline=None)
 def test_each_token_is_predicted_once_and_never_across_a_seam(lengths: list[int], length: int) -> None:
     tokens = token_set(lengths)
@@ -48,6 +48,12 @@ def test_each_token_is_predicted_once_and_never_across_a_seam(lengths: list[int]
     packed = PackedRows(tokens, length)
     read = [int(t) for i in range(len(packed)) for t in packed[i].tokens[packed[i].segments >= 0]]
     assert read == list(range(len(read))) and len(read) >= len(tokens) - 1
+
+
+def test_documents_without_a_label_have_no_row_of_their_own() -> None:
+    rows = DocumentRows(token_set([1, 5, 0, 1, 2]), 4)
+    assert [rows[i].tokens.tolist() for i in range(len(rows))] == [[1, 2, 3, 4], [7, 8]]
+    assert not len(DocumentRows(token_set([1, 0]), 4))
 
 
 def test_positions_restart_with_each_document() -> None:

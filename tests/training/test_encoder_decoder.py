@@ -78,8 +78,9 @@ def test_learns_to_repeat_and_exports(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"{a} {b}", "completion": f"{b}"} for a in words for b in words]
     file.write_text("\n".join(map(json.dumps, rows)))
-    corpus = {"kind": "pairs", "path": str(file)}
-    data |= {"model": MODEL, "data": {"train": corpus, "held_out": corpus, "cache": str(tmp_path / "cache")}}
+    (some := tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows[::2])))
+    corpus, again = ({"kind": "pairs", "path": str(path)} for path in (file, some))
+    data |= {"model": MODEL, "data": {"train": corpus, "held_out": again, "cache": str(tmp_path / "cache")}}
     found = preflight(data).to_dict()
     assert found["labels"] and not found["pairs_cut"]
     result = fit(data, progress=False)

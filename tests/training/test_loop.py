@@ -14,8 +14,8 @@ from torch import nn
 
 import dovetail as dt
 from dovetail import hub
-from dovetail.errors import DataError, RunError, SpecError
-from dovetail.training import Recipe, fit
+from dovetail.errors import DataError, DivergedError, RunError, SpecError
+from dovetail.training import Recipe, fit, loop
 from dovetail.training.loop import Run, evaluate
 from dovetail.training.optim import Average, adamw, clip, update
 from dovetail.training.setup import set_up
@@ -92,6 +92,29 @@ def test_decay_groups_and_mup_rates() -> None:
     assert told["blocks.0.mixer.qkv.weight"] == (pytest.approx(0.1 * 16 / 32), 0.3)
     down = model.blocks[0].feedforward.down
     assert told["blocks.0.feedforward.down.weight"][0] == pytest.approx(0.1 * 16 / down.in_features)
+
+
+def test_vectors_in_tables_do_not_decay() -> None:
+    def undecayed(model: nn.Module) -> set[str]:
+        groups = adamw(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3).param_groups
+        free = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+        return {n for n, p in model.named_parameters() if id(p) in free and p.dim() > 1}
+
+    def decoder(position: Any) -> Any:
+        mixer = {"kind": "attention", "heads": 2, "position": position}
+        return dt.build({"kind": "decoder", "vocab": 40, "dim": 16, "depth": 1, "blocks": {"mixer": mixer}})
+
+    for position, tables in (("transformer_xl", "uv"), ("xlnet", "uvse"), ({"kind": "prefix", "length": 3}, "kv")):
+        names = {f"blocks.0.mixer.position.{name}" for name in tables}
+        assert undecayed(decoder(position)) == names | {"embedding.table.weight"}
+    for adapter, name in (
+        ({"kind": "prompt", "length": 3}, "weight"),
+        ({"kind": "p_tuning", "length": 3}, "embedding"),
+        ({"kind": "prefix", "length": 3}, "sources.decoder.weight"),
+        ({"kind": "prefix", "length": 3, "hidden": 8}, "sources.decoder.embedding"),
+    ):
+        model = dt.adapt(decoder("rope"), adapter)
+        assert undecayed(model) == {f"front.adapters.default.{name}"}
 
 
 def test_clip_equals_torch() -> None:
@@ -198,6 +221,62 @@ def test_diverging_run_stops(tmp_path: Path) -> None:
     """No mock: a rate that overflows fp32."""
     with pytest.raises(RunError, match="at step"):
         fit(recipe(tmp_path, lr=1e30, clip=0.0, weight_decay=0.0), progress=False)
+
+
+def test_an_evaluation_that_fails_costs_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    """The checkpoint is there before it; the scores that are missing are made when the run goes on."""
+    data = recipe(tmp_path, steps=4, save_every=2, eval_every=2)
+    whole = fit(data | {"out": str(tmp_path / "whole")}, progress=False)
+    for at in (2, 4):
+        plain = loop.evaluate
+
+        def fails(*arguments: Any, **options: Any) -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(loop, "evaluate", fails)
+        with pytest.raises(MemoryError):
+            fit(data, resume=at > 2, progress=False)
+        monkeypatch.setattr(loop, "evaluate", plain)
+        assert (tmp_path / f"out/checkpoints/step-0000000{at}").is_dir()
+        if at == 2:  # dies in the next evaluation, after the one that was missing
+            calls = [fails, plain]
+            monkeypatch.setattr(loop, "evaluate", lambda *a, calls=calls, **k: calls.pop()(*a, **k))
+            with pytest.raises(MemoryError):
+                fit(data, resume=True, progress=False)
+            monkeypatch.setattr(loop, "evaluate", plain)
+    assert fit(data, resume=True, progress=False).held_out == whole.held_out
+    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "out")]
+    one, two = ([(x["step"], x.get("held_out_nats"), x.get("loss")) for x in log] for log in logs)
+    assert one == two
+
+
+@pytest.mark.parametrize("what", ["score", "weights"])
+def test_what_is_not_finite_is_no_result(tmp_path: Path, monkeypatch: Any, what: str) -> None:
+    plain = Run.one_step
+
+    def last(self: Run) -> Any:
+        found = plain(self)
+        if what == "weights" and self.step == 3:
+            next(self.model.parameters()).data[0] = math.inf
+        return found
+
+    monkeypatch.setattr(Run, "one_step", last)
+    if what == "score":
+        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"nats": math.nan})
+    said = "held-out score is nan nats after step 4" if what == "score" else "weights are not finite after step 4"
+    with pytest.raises(DivergedError, match=said):
+        fit(recipe(tmp_path, steps=4, save_every=2), progress=False)
+    assert not (tmp_path / "out/model.safetensors").exists()
+    assert (tmp_path / "out/checkpoints/step-00000002").is_dir()
+
+
+def test_held_out_text_is_another_and_has_labels(tmp_path: Path) -> None:
+    data = recipe(tmp_path)
+    with pytest.raises(DataError, match="learnt by heart"):
+        fit(data, [f"data.held_out.path={tmp_path / 'text'}"], progress=False)
+    (tmp_path / "held_out").write_text("")
+    with pytest.raises(DataError, match="corpus is empty"):
+        fit(data, progress=False)
 
 
 def test_fine_tunes_a_checkpoint(tmp_path: Path) -> None:

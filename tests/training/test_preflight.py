@@ -99,6 +99,8 @@ def test_shows_the_first_batch_and_times_it(tmp_path: Path) -> None:
     screen.print(found)
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[32m" in text and "return" in text and "qlora" in text
+    assert not found.uncounted and found.way is not None and "the step, counted" in text
+    assert "GB of the whole process" in text and "not compiled" not in text
     data = json.loads(json.dumps(found.to_dict()))
     assert data["labels"] == int((found.batch["labels"] != -100).sum()) and data["tokens"] == 64
     assert not (tmp_path / "out").exists()

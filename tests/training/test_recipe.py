@@ -14,6 +14,8 @@ import dovetail as dt
 from dovetail.errors import SpecError
 from dovetail.training import Recipe
 from dovetail.training.flops import flops_per_token, parameter_count
+from dovetail.training.meters import Log
+from dovetail.training.recipe import read_yaml
 from dovetail.training.schedules import factor
 from training.small import recipe
 
@@ -56,6 +58,13 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
         ("train.steps", "not an override"),
         ("train.steps.deep=3", "deep"),
         ("train.lr=[1", "not YAML"),
+        ("train={steps: 1, lr: 1, lr: 2}", "(?s)'lr' stands twice.*train="),
+        ("train.betas=[2, 3]", "train.betas"),
+        ("train.eps=-1", "train.eps"),
+        ("objective={kind: next_token, smoothing: 1.0}", "smoothing"),
+        ("objective={kind: next_token, z: -0.1}", "objective.z"),
+        ("train={steps: 9, schedule: constant, final: 0.2}", "(?s)'constant' reads no final.*train.final"),
+        ("train={steps: 9, decay: 0.5}", "(?s)'cosine' reads no decay.*train.decay"),
     ],
 )
 def test_typos_are_named(tmp_path: Path, override: str, message: str) -> None:
@@ -69,6 +78,29 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
     for name, message in [("nowhere.yaml", "nowhere"), ("a.yaml", "not YAML"), ("b.yaml", "mapping")]:
         with pytest.raises(SpecError, match=message):
             Recipe.load(tmp_path / name)
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    """PyYAML takes the last. What a merge (<<) brings may stand again."""
+    path = tmp_path / "a.yaml"
+    path.write_text("train:\n  lr: 1\n  steps: 2\n  lr: 3\n")
+    with pytest.raises(SpecError, match=r"(?s)'lr' stands twice.*a\.yaml:4"):
+        read_yaml(path)
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b\n  <<: *a\n  x: 3\nc:\n  <<: *b\n  x: 4\n  1: 5\n  '1': 6\n")
+    assert read_yaml(path)["c"] == {"x": 4, "y": 2, 1: 5, "1": 6}
+
+
+def test_every_shipped_recipe_is_read() -> None:
+    for path in RECIPES.glob("*.yaml"):
+        read_yaml(path)
+
+
+def test_a_log_with_broken_lines_is_taken_up(tmp_path: Path) -> None:
+    whole = ['{"step": 1, "loss": 2.0}\n', '{"step": 2, "held_out_nats": 2.0}\n']
+    (tmp_path / "log.jsonl").write_text(whole[0] + '{"step": 1, "lo\n7\n\n' + whole[1] + '{"step": 3}\n{"step')
+    log = Log(tmp_path, 2)
+    log.close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(whole) and log.scored == 2
 
 
 def test_schedules() -> None:

@@ -40,6 +40,8 @@ def test_redrawn_and_resumed_is_bitwise_the_same(tmp_path: Path, monkeypatch: py
     assert (resumed.loss, resumed.held_out) == (whole.loss, whole.held_out)
     one, other = (load_file(p / "model.safetensors") for p in (tmp_path / "whole", tmp_path / "out"))
     assert all(torch.equal(one[k], other[k]) for k in one)
+    again = fit(data | {"out": str(tmp_path / "whole")}, resume=True, progress=False)  # after the last step
+    assert again.held_out == whole.held_out, "scored as a loaded model is: with the first draw"
     mixer["redraw"] = 0
     kept = fit(data | {"out": str(tmp_path / "kept")}, progress=False)
     assert kept.loss != whole.loss

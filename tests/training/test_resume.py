@@ -38,20 +38,23 @@ def _fit_and_die(data: dict[str, Any], where: str, at: int) -> None:
             return plain_step(run)
 
         loop.Run.one_step = one_step
+    elif where == "export":
+        checkpoint.atomic._keep = lambda *_: die()
     else:
-        plain_sync, calls = checkpoint.files.sync, itertools.count(1)
+        plain_sync, calls = checkpoint.atomic.sync, itertools.count(1)
 
         def sync(*arguments: Any) -> Any:
             if next(calls) == at:
                 die()
             return plain_sync(*arguments)
 
-        checkpoint.files.sync = sync
+        checkpoint.atomic.sync = sync
     fit(data, progress=False)
 
 
 def killed(data: dict[str, Any], where: str, at: int) -> None:
-    """Runs `fit` in a process that kills itself with SIGKILL before step `at`, or in the at-th file's sync."""
+    """Runs `fit` in a process that kills itself with SIGKILL before step `at`, in the at-th file's sync, or when the
+    trained model stands in `out` and what was there beside it."""
     child = CHILD.Process(target=_fit_and_die, args=(data, where, at))
     child.start()
     child.join(120)
@@ -132,6 +135,19 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     whole = fit(data | {"out": str(tmp_path / "whole")}, progress=False)
     assert_bitwise(out / "checkpoints/step-00000006", Path(whole.out) / "checkpoints/step-00000006")
     assert not list((out / "checkpoints").glob(".step-*"))
+
+
+def test_killed_while_the_trained_model_takes_its_place(tmp_path: Path) -> None:
+    data = recipe(tmp_path, steps=2)
+    killed(data, "export", 0)
+    assert list(tmp_path.glob(".out.*.old/checkpoints/step-00000002")) and not checkpoint.found(tmp_path / "out")
+    with pytest.raises(SpecError, match="holds a run already"):
+        fit(data, progress=False)
+    before = (tmp_path / "out/log.jsonl").read_text()
+    result = fit(data, resume=True, progress=False)
+    assert result.tokens == 2 * 2 * 32 and result.held_out is not None  # no step was taken again
+    assert (tmp_path / "out/log.jsonl").read_text() == before
+    assert not list(tmp_path.glob(".out.*")) and hub.load(tmp_path / "out").spec.dim == 16
 
 
 @pytest.mark.parametrize("boundary", ["replace", "fsync"])

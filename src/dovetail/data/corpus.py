@@ -33,14 +33,19 @@ class Corpus(Spec):
 
 @register("corpus", "text", oracle="formula: the file's text", source="plain text")
 class TextFile(Corpus):
-    """A UTF-8 text file: one document, or several where `separator` stands between them (it is left out)."""
+    """A UTF-8 text file: one document, or several where `separator` stands between them (it is left out).
+
+    In a file whose lines end in \\r\\n, the separator's do too.
+    """
 
     path: str
     separator: str | None = None
 
     def documents(self) -> Iterator[str]:
         text = read_text(Path(self.path))
-        yield from text.split(self.separator) if self.separator else (text,)
+        between = self.separator or ""
+        between = between if between in text else between.replace("\n", "\r\n")
+        yield from text.split(between) if between else (text,)
 
 
 @register("corpus", "files", oracle="formula: each file's text", source="plain text")
@@ -101,9 +106,23 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise DataError(f"not JSON: {error}", where=where, remedy="give one JSON object a line") from None
                 if not isinstance(row, dict):
                     raise DataError("not a JSON object", where=where, remedy="give objects with a text field")
+                if "\\u" in line:
+                    _check_encodable(row, where)
                 yield where, row
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from None
+
+
+def _check_encodable(row: dict[str, Any], where: str) -> None:
+    """Raises DataError for half a surrogate pair, which JSON can say and no text holds."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"half a surrogate pair, {error.object[error.start]!a}, is no character",
+            where=where,
+            remedy="write both halves, or the character itself",
+        ) from None
 
 
 def no_text(field: str, row: dict[str, Any], where: str, remedy: str) -> DataError:
@@ -117,9 +136,10 @@ def no_text(field: str, row: dict[str, Any], where: str, remedy: str) -> DataErr
 
 
 def read_text(path: Path) -> str:
-    """The file as UTF-8. Raises DataError."""
+    """The file as UTF-8, its line ends as they are. Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from None
 

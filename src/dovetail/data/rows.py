@@ -78,12 +78,15 @@ class PackedRows:
 
 
 class DocumentRows:
-    """A piece of at most `length` tokens of one document a row; ragged, padded on the right by the batch."""
+    """A piece of at most `length` tokens of one document a row; ragged, padded on the right by the batch.
+
+    Documents of one token or none have nothing to predict, and no row.
+    """
 
     def __init__(self, tokens: TokenSet, length: int):
         self.set, self.length = tokens, length
         starts, stops = tokens.offsets[:-1], tokens.offsets[1:]
-        pieces = np.maximum(1, -(-(stops - starts - 1) // length))  # a piece's last label may lie one beyond
+        pieces = -(-np.maximum(0, stops - starts - 1) // length)  # a piece's last label may lie one beyond
         first = np.cumsum(pieces) - pieces
         number = np.arange(pieces.sum()) - np.repeat(first, pieces)
         self.starts = np.repeat(starts, pieces) + number * length

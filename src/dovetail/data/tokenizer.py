@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dovetail.errors import DataError
+from dovetail.errors import DataError, RunError
 from dovetail.hub import Tokenizer, load_tokenizer
 
 BOS, EOS, MASK = "<|begin|>", "<|end|>", "<|mask|>"
@@ -95,7 +95,17 @@ def train_tokenizer(documents: Iterable[str], vocab: int, folder: str | Path, ma
 
 
 def save_whole(fast: FastTokenizer, path: Path) -> None:
-    """Saves a tokenizer so that another process sees it whole or not at all: several may make the same one."""
+    """Saves a tokenizer so that another process sees it whole or not at all: several may make the same one.
+
+    Raises RunError when the disk gives out.
+    """
     own = path.with_name(f"{path.name}.{os.getpid()}.part")
-    fast.save(str(own))
-    own.replace(path)
+    try:
+        fast.save(str(own))
+        own.replace(path)
+    except Exception as error:  # the library has no class of its own for what the disk says
+        raise RunError(
+            f"the tokenizer could not be written: {error}", where=str(path), remedy="free some space, and try again"
+        ) from error
+    finally:
+        own.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import numpy as np
 from dovetail.data.corpus import Corpus
 from dovetail.data.pairs import Pairs, encode_pairs
 from dovetail.data.tokenizer import encode_documents, fingerprint
-from dovetail.errors import DataError
+from dovetail.errors import DataError, RunError
 from dovetail.hub import Tokenizer
 
 _VERSION = 1
@@ -90,16 +90,18 @@ def cache_folder(given: str | Path | None = None) -> Path:
 def write_tokens(path: Path, corpus: Corpus, tokenizer: Tokenizer, made: dict[str, Any]) -> TokenSet:
     """Encodes a corpus into the files of `path` (NAME.json). Empty documents are left out.
 
-    NAME.json is put in place last, so that a set that was cut short is never opened. Raises DataError.
+    NAME.json is put in place last, so that a set that was cut short is never opened. Raises DataError, and RunError
+    when the disk gives out; whatever ends it leaves nothing unfinished behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     paired = isinstance(corpus, Pairs)
-    own = f".{os.getpid()}.part"  # two processes may make the same set
+    finals = {name: path.with_suffix(f".{name}.bin") for name in ("offsets", "prompts")[: 1 + paired]}
+    finals |= {"ids": path.with_suffix(".bin"), "meta": path}
+    parts = {name: Path(f"{final}.{os.getpid()}.part") for name, final in finals.items()}  # two may make the same set
     offsets, prompts = [0], []
-    stream = Path(f"{path.with_suffix('.bin')}{own}")
     try:
-        with stream.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with parts["ids"].open("wb") as file:
             for ids, prompt in _encoded(corpus, tokenizer):
                 file.write(np.asarray(ids, dtype).tobytes())
                 offsets.append(offsets[-1] + len(ids))
@@ -108,19 +110,23 @@ def write_tokens(path: Path, corpus: Corpus, tokenizer: Tokenizer, made: dict[st
             os.fsync(file.fileno())
         if offsets[-1] < 2:
             raise DataError("the corpus is empty", where=str(made.get("corpus", path)), remedy="give it some text")
-    except DataError:
-        stream.unlink()
-        raise
-    Path(f"{path.with_suffix('.offsets.bin')}{own}").write_bytes(np.asarray(offsets, "int64").tobytes())
-    finals = [path.with_suffix(".bin"), path.with_suffix(".offsets.bin")]
-    if paired:
-        finals.append(path.with_suffix(".prompts.bin"))
-        Path(f"{finals[-1]}{own}").write_bytes(np.asarray(prompts, "uint32").tobytes())
-    meta = {"version": _VERSION, "dtype": dtype.name, "tokens": offsets[-1], "documents": len(offsets) - 1}
-    meta |= {"paired": paired} | made
-    Path(f"{path}{own}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for final in (*finals, path):
-        Path(f"{final}{own}").replace(final)
+        parts["offsets"].write_bytes(np.asarray(offsets, "int64").tobytes())
+        if paired:
+            parts["prompts"].write_bytes(np.asarray(prompts, "uint32").tobytes())
+        meta = {"version": _VERSION, "dtype": dtype.name, "tokens": offsets[-1], "documents": len(offsets) - 1}
+        meta |= {"paired": paired} | made
+        parts["meta"].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for name, final in finals.items():
+            parts[name].replace(final)
+    except OSError as error:
+        raise RunError(
+            f"the token set could not be written: {error.strerror or error}",
+            where=str(path.parent),
+            remedy="free some space, or give another folder: data.cache, DOVETAIL_CACHE",
+        ) from error
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
     return TokenSet.open(path)
 
 

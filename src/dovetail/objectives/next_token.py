@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +18,7 @@ from dovetail.kernels.cross_entropy import plain, plan, reference, scaled, softm
 from dovetail.kernels.linear.accumulate import add_product
 from dovetail.objectives.base import IGNORED, Batch, Loss, Objective, Term, check_direction
 from dovetail.spec import register
+from dovetail.spec.ranges import Chance
 
 # Logits held at a time: rows enough for full matmul speed, far below (B,T,V). 8 MB in fp32 stay in a CPU's cache and
 # in pages that it has; a GPU wants fewer, larger kernels, since each adds a gradient of the whole head to their sum. Twice
@@ -43,8 +45,8 @@ class NextToken(Objective):
     Metrics: "nats" (cross-entropy without smoothing or z) and "correct" (top-1 hits).
     """
 
-    smoothing: float = 0.0
-    z: float = 0.0
+    smoothing: Chance = 0.0
+    z: Annotated[float, Field(ge=0)] = 0.0
 
     def counts(self, batch: Batch) -> dict[str, int]:
         return {"next_token": int((batch["labels"] != IGNORED).sum())}

@@ -29,6 +29,8 @@ def choose(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here: {str(error).splitlines()[0]}", remedy="use auto or cpu") from None
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        raise UserError(f"no device {name!r} here", remedy="use auto or cpu")
     return device
 
 

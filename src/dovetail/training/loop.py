@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,23 @@ from dovetail.adapters import adapters, save_adapter, trainable
 from dovetail.adapters.files import check_room
 from dovetail.adapters.many import after_backward, before_step, penalty, reads_gradients
 from dovetail.data import Batches, Sampler
-from dovetail.data.rows import Rows, collate, real_tokens
+from dovetail.data.rows import real_tokens
 from dovetail.errors import CheckpointError, ConfigError, DataError, DivergedError, SpecError, StoppedError
+from dovetail.hub.atomic import recover
+from dovetail.hub.files import CONFIGS
 from dovetail.kernels import twins
-from dovetail.objectives import Objective
-from dovetail.stats import RunningMean
 from dovetail.training import checkpoint
+from dovetail.training.alone import alone_in
 from dovetail.training.device import autocast, compiled, peak_memory, peak_rate, precision
 from dovetail.training.flops import flops_per_token, parameter_count
 from dovetail.training.graphed import Graphed, Take
 from dovetail.training.meters import Bar, Log, Rate
 from dovetail.training.optim import Average, adamw, set_rate, update
 from dovetail.training.recipe import Recipe, Train
+from dovetail.training.resume import check_same, fixed, made_from
 from dovetail.training.room import every, spoken
 from dovetail.training.schedules import factor
+from dovetail.training.scores import evaluate
 from dovetail.training.setup import Parts, copy_tokenizer, set_up, with_helpers
 from dovetail.training.stopping import sigterm_awaited
 
@@ -75,24 +78,41 @@ def fit(
 
     source: a YAML file, plain data or a Recipe; overrides: `train.steps=40`. resume goes on from the last checkpoint
     in `out` (from the start when there is none), bitwise as if never interrupted on one device.
-    Raises UserErrors for what the recipe asks, DivergedError for NaN losses, RunError for disks that are full,
-    StoppedError after a SIGTERM, with a checkpoint written.
+    Raises UserErrors for what the recipe asks and where another run is at work in `out`, DivergedError for losses,
+    weights or scores that are not finite, RunError for disks that are full, StoppedError after a SIGTERM, with a
+    checkpoint written.
     """
     recipe = Recipe.load(source, overrides)
     if recipe.out is None:
         raise SpecError("the recipe names no folder to write", where="out", remedy="give out=runs/NAME")
     out = Path(recipe.out)
-    if checkpoint.found(out) and not resume:
+    if isinstance(recipe.model, str) and Path(recipe.model).resolve() == out.resolve():
         raise SpecError(
-            "this folder holds a run already", where=str(out), remedy="go on with --resume, or choose another out"
+            "the trained model would be written over the one that it starts from",
+            where=f"out: {out}",
+            remedy="choose another out",
         )
-    if recipe.adapter is not None:
-        check_room(out)
-    with twins.plain() if recipe.train.plain else nullcontext():
-        run = Run(set_up(recipe), out)
-        if resume and checkpoint.found(out):
-            run.restore(checkpoint.found(out)[-1])
-        return run.train(progress)
+    recover(out)
+    with alone_in(out):
+        last = checkpoint.found(out)
+        if last and not resume:
+            raise SpecError(
+                "this folder holds a run already", where=str(out), remedy="go on with --resume, or choose another out"
+            )
+        stands = [name for name in CONFIGS if (out / name).exists()]
+        if stands and not (out / "recipe.yaml").exists():
+            raise SpecError(
+                f"a model that no training wrote stands in this folder ({stands[0]})",
+                where=str(out),
+                remedy="choose another out",
+            )
+        if recipe.adapter is not None:
+            check_room(out)
+        with twins.plain() if recipe.train.plain else nullcontext():
+            run = Run(set_up(recipe), out)
+            if last:
+                run.restore(last[-1])
+            return run.train(progress)
 
 
 class Run:
@@ -139,17 +159,26 @@ class Run:
         return self.options.length if self.options.compile or self.options.graph else None
 
     def restore(self, folder: Path) -> None:
-        """Goes on from a checkpoint. Raises SpecError when it was written by another recipe."""
+        """Goes on from a checkpoint. Raises SpecError when it was written by another recipe, or of other things."""
         state = checkpoint.read_state(folder)
-        _same_recipe(state["recipe"], _fixed(self.recipe), str(folder))
+        check_same(state, self.recipe, self.made_from, folder)
         checkpoint.restore(folder, self.model, self.optimizer, self.average)
         self.batches.sampler.load(state["sampler"])
         self.step, self.tokens, self.loss = state["step"], state["tokens"], state["loss"]
         self.precision = state["autocast"]
 
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        return made_from(self.parts)
+
     def save(self) -> Path:
+        """Writes a checkpoint. Raises DivergedError for weights that are not finite: they would cost an intact one."""
+        largest = torch._foreach_norm([p.detach() for p in self.parameters if p.numel()], math.inf)  # type: ignore[arg-type]
+        if not torch.stack([one.float() for one in largest]).isfinite().all():
+            raise self._diverged(f"the weights are not finite after step {self.step}")
         state = {
-            "recipe": _fixed(self.recipe),
+            "recipe": fixed(self.recipe),
+            "made_from": self.made_from,
             "sampler": self.batches.sampler.state(),
             "tokens": self.tokens,
             "loss": self.loss,
@@ -165,17 +194,25 @@ class Run:
         (self.out / "recipe.yaml").write_text(
             yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
+        _ = self.made_from  # what was read is hashed before it can change
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         peak, against = peak_rate(self.device, dtype)
         rate = Rate(flops_per_token(self.model, t.length, train=True, asked=self.objective.asked), peak)
         log, bar = Log(self.out, self.step), Bar(self.step, t.steps, progress)
         if t.checkpointing == "auto":
             bar.say(f"blocks made again in the backward, to fit: {spoken(every(self.model))}")
+        if t.warmup > t.steps:  # as when a recipe is tried for a few steps
+            bar.say(f"train.warmup is {t.warmup}: of {t.steps} steps none has the full rate")
         pending: list[tuple[int, Tensor, Tensor]] = []
         last: dict[str, Any] = {}
         held_out = None
         try:
             self.model.train()
+            # A run that is resumed may have died between a save and the evaluation after it.
+            missed = log.scored < self.step and _due(self.step, t.eval_every, t.steps)
+            if self.parts.held_out is not None and (missed or self.step == t.steps):
+                held_out = self._score(log, bar)
+                rate.restart()
             with sigterm_awaited() as told:
                 while self.step < t.steps:
                     due = {
@@ -195,19 +232,14 @@ class Run:
                         last |= rate.take() | {"peak_bytes": peak_memory(self.device), "tokens": self.tokens}
                         log.write(self.step, last)
                         bar.show(self.step, last)
-                    if due["eval"] and self.parts.held_out is not None:
-                        held_out = self.evaluate()
-                        log.write(self.step, {f"held_out_{name}": value for name, value in held_out.items()})
-                        scored = f"{held_out['nats']:.4f} nats, {held_out['accuracy']:.2%} right"
-                        bar.say(f"step {self.step}  held-out {scored}")
-                        rate.restart()
-                    if due["save"]:
+                    if due["save"]:  # first: what is scored next may go wrong
                         self.save()
+                        rate.restart()
+                    if due["eval"] and self.parts.held_out is not None:
+                        held_out = self._score(log, bar)
                         rate.restart()
                     if told() and self.step < t.steps:
                         self._stop(pending)
-            if held_out is None and self.parts.held_out is not None:  # resumed after the last step
-                held_out = self.evaluate()
             self._export()
         finally:
             log.close()
@@ -280,17 +312,36 @@ class Run:
             self.average.update()
         return loss, norm
 
+    def _score(self, log: Log, bar: Bar) -> dict[str, float]:
+        """`evaluate`, shown, and logged where it is not yet."""
+        held_out = self.evaluate()
+        if log.scored < self.step:
+            log.write(self.step, {f"held_out_{name}": value for name, value in held_out.items()})
+        bar.say(f"step {self.step}  held-out {held_out['nats']:.4f} nats, {held_out['accuracy']:.2%} right")
+        return held_out
+
     def evaluate(self) -> dict[str, float]:
-        """Held-out scores of the weights that will be exported (the averaged ones with EMA)."""
+        """Held-out scores of the model that will be exported, which leave random numbers as they were.
+
+        Raises DivergedError where they are not finite.
+        """
         assert self.parts.held_out is not None
         t = self.options
         rows = self.parts.rows(self.parts.held_out)
-        with self.exported() as model:  # not compiled: a graph for a few batches takes longer than they do
-            return evaluate(model, self.objective, rows, batch=t.batch, limit=t.eval_batches, precision=self.precision)
+        how: Any = {"batch": t.batch, "limit": t.eval_batches, "precision": self.precision}
+        # Not compiled: a graph for a few batches takes longer than they do.
+        with checkpoint.same_random(), self.exported() as model:
+            found = evaluate(model, self.objective, rows, **how)
+        if not math.isfinite(found["nats"]):
+            raise self._diverged(f"the held-out score is {found['nats']} nats after step {self.step}")
+        return found
 
     @contextmanager
     def exported(self) -> Iterator[Any]:
-        """Inside, the model has the weights that are exported: the averaged ones with EMA."""
+        """Inside, the model is as it is exported: with the averaged weights with EMA, and the first draw of what is
+        drawn anew by the step (which the next step sets again), as a model that is loaded has it."""
+        for part in self.stepped:
+            part.at_step(0)
         if self.average is not None:
             self.average.swap()
         try:
@@ -304,16 +355,19 @@ class Run:
         values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm in pending]).tolist()
         for (step, _, _), (loss, norm) in zip(pending, values, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = checkpoint.found(self.out)
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-                raise DivergedError(
-                    f"{what} at step {step}",
-                    where=str(self.out),
-                    remedy="lower train.lr, lengthen train.warmup or look at the data; "
-                    + (f"{kept[-1].name} is intact" if kept else "no checkpoint was written yet"),
-                )
+                raise self._diverged(f"{what} at step {step}")
         pending.clear()
         return {"loss": values[-1][0], "grad_norm": values[-1][1]}
+
+    def _diverged(self, what: str) -> DivergedError:
+        kept = checkpoint.found(self.out)
+        return DivergedError(
+            what,
+            where=str(self.out),
+            remedy="lower train.lr, lengthen train.warmup or look at the data; "
+            + (f"{kept[-1].name} is intact" if kept else "no checkpoint was written yet"),
+        )
 
     def _export(self) -> None:
         """The trained model into `out`: the published layout where one can say it, else Dovetail's own."""
@@ -336,62 +390,9 @@ def _save_adapter(model: Any, out: Path) -> None:
         save_adapter(model, out, name="default", format="dovetail")
 
 
-@torch.no_grad()
-def evaluate(
-    model: Any, objective: Objective, rows: Rows, *, batch: int, limit: int = 0, precision: str = "none"
-) -> dict[str, float]:
-    """{nats, perplexity, accuracy, tokens} and the objective's other metrics over all rows (or the first `limit`
-    batches); the mode is put back."""
-    device = next(model.parameters()).device
-    metrics: dict[str, RunningMean] = defaultdict(RunningMean)
-    was = model.training
-    model.eval()
-    try:
-        starts = list(range(0, len(rows), batch))
-        for start in starts[: limit or None]:
-            made = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
-            with autocast(precision, device):
-                loss = objective(model, {name: x.to(device) for name, x in made.items()})
-            for name, (value, count) in loss.metrics.items():
-                metrics[name].update_sum(value.double(), count)
-    finally:
-        model.train(was)
-    means = {name: float(metric.mean) for name, metric in metrics.items()}
-    nats, correct = means.pop("nats"), means.pop("correct")
-    perplexity = math.exp(nats) if nats < 700 else math.inf
-    return {"nats": nats, "perplexity": perplexity, "accuracy": correct, "tokens": int(metrics["nats"].weight)} | means
-
-
 def _rate(t: Train, step: int) -> float:
     return factor(t.schedule, step, t.steps, warmup=t.warmup, decay=t.decay, final=t.final)
 
 
 def _due(step: int, every: int, steps: int) -> bool:
     return step == steps or bool(every and step % every == 0)
-
-
-def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what may change between the runs of one training."""
-    data = recipe.to_dict()
-    data.pop("out")
-    data["data"].pop("cache")
-    data["train"] = {name: value for name, value in data["train"].items() if name not in Train.free}
-    return data
-
-
-def _same_recipe(saved: dict[str, Any], given: dict[str, Any], where: str) -> None:
-    def flat(data: Any, path: str = "") -> dict[str, Any]:
-        if not isinstance(data, dict):
-            return {path: data}
-        return {k: v for name, value in data.items() for k, v in flat(value, f"{path}.{name}".lstrip(".")).items()}
-
-    a, b = flat(saved), flat(given)
-    # An option that did not exist when the run began was off in it.
-    different = [path for path in dict.fromkeys([*a, *b]) if (a.get(path) or None) != (b.get(path) or None)]
-    if different:
-        path = different[0]
-        raise SpecError(
-            f"{path} was {a.get(path)!r} in the run to resume and is {b.get(path)!r} now",
-            where=where,
-            remedy="resume with the same recipe, or start anew in another out",
-        )

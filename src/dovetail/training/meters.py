@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ class Log:
 
     def __init__(self, out: Path, start: int):
         self.path = out / "log.jsonl"
+        self.scored = 0  # the last step with held-out scores
         if self.path.exists():  # lines of steps that a kill undid would be there twice
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            kept = [(line, said) for line, said in _lines(self.path) if said["step"] <= start]
+            self.scored = max((said["step"] for _, said in kept if "held_out_nats" in said), default=0)
+            self.path.write_text("".join(line for line, _ in kept), encoding="utf-8")
         self.file = self.path.open("a", encoding="utf-8")
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):
@@ -31,6 +34,7 @@ class Log:
     def write(self, step: int, values: dict[str, Any]) -> None:
         self.file.write(json.dumps({"step": step} | values) + "\n")
         self.file.flush()
+        self.scored = step if "held_out_nats" in values else self.scored
         for name, value in values.items():
             if self.board is not None and isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
@@ -39,6 +43,15 @@ class Log:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log, and what they say; those that a kill or a full disk broke are left out."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            said = json.loads(line)
+            if line.endswith("\n") and isinstance(said, dict) and isinstance(said.get("step"), int):
+                yield line, said
 
 
 class Rate:

@@ -38,7 +38,9 @@ class Preflight:
     """What `preflight` found. estimates: full fine-tuning, LoRA and QLoRA with the recipe's batch and length, the last with
     the recipe's storage (NF4 where it has none).
 
-    dry_run: {"seconds", "peak_bytes"} of the longest batch forward and backward, or None when it would not fit.
+    dry_run: {"seconds", "peak_bytes"} of the longest batch forward and backward, or None when it would not fit. It is not
+    compiled, which would take longer than it does, and on a CPU its peak is the whole process's: so it may well be above
+    what is counted.
     hours: for the recipe's steps. way: how the step is taken and its peak, counted; None where it cannot be (`uncounted`
     says why) or none leaves room. fits: whether the recipe does, on one device. cut: prompt-completion pairs that are
     longer than a row.
@@ -121,10 +123,12 @@ class Preflight:
             parts.append(Text(f"the step itself is not counted: {why}; the table goes by the model's parameters"))
         if self.dry_run is not None:
             seconds, peak = self.dry_run["seconds"], self.dry_run["peak_bytes"]
-            parts.append(f"longest batch, forward and backward: {seconds:.3f} s, peak {peak / 1e9:.2f} GB")
+            what = "forward and backward" + (", not compiled" if t.compile else "")
+            whose = " of the whole process" if self.device.startswith("cpu") else ""
+            parts.append(f"longest batch, {what}: {seconds:.3f} s, peak {peak / 1e9:.2f} GB{whose}")
         how = "from the dry run" if self.dry_run else f"at an assumed MFU of {_MFU:.0%}"
         if t.fp8:
-            parts.append(f"products in 8 bits: {', '.join(t.fp8)}")
+            parts.append(Text(f"products in 8 bits: {', '.join(t.fp8)}"))
         parts.append(f"{t.steps} steps of {t.accumulate} x {t.batch} rows: {_span(self.hours)} ({how})")
         parts.extend(Text(f"does not fit; try {line}", style="yellow") for line in self.advice)
         if self.cut:

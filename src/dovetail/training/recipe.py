@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,6 +13,8 @@ from dovetail.adapters import AdapterSpec  # and registers the kinds
 from dovetail.errors import SpecError, did_you_mean
 from dovetail.objectives.next_token import NextToken
 from dovetail.spec.categories import AdapterPart, CorpusPart, ObjectivePart, StoragePart
+from dovetail.spec.documents import Loader, Twice
+from dovetail.spec.ranges import Chance, Positive
 from dovetail.spec.spec import validate
 
 
@@ -66,8 +67,8 @@ class Train(Section):
     length: int = Field(default=512, ge=2)
     lr: float | None = Field(default=None, gt=0)
     rates: dict[str, Annotated[float, Field(gt=0)]] = {}
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    eps: float = 1e-8
+    betas: tuple[Chance, Chance] = Field(default=(0.9, 0.95), strict=False)
+    eps: Positive = 1e-8
     weight_decay: float = Field(default=0.1, ge=0)
     warmup: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -135,6 +136,7 @@ class Recipe(Section):
                 f"the adapter {recipe.adapter.kind!r} runs other blocks in every step, which compiled code cannot",  # type: ignore[union-attr]
                 where=f"{where}.train.compile", remedy="set it to false, or the adapter's drop",
             )  # fmt: skip
+        _check_schedule(recipe.train, f"{where}.train")
         if recipe.train.graph:
             _check_graph(recipe, f"{where}.train.graph")
         fast = {
@@ -167,6 +169,18 @@ class Recipe(Section):
         return Recipe.parse(overridden(source, overrides, Recipe.model_fields, "recipes/tiny.yaml"), where)
 
 
+def _check_schedule(train: Train, where: str) -> None:
+    """Raises SpecError for numbers of a schedule that the chosen one does not read."""
+    idle = {"final": train.schedule == "constant", "decay": train.schedule != "wsd"}
+    for name, unread in idle.items():
+        default = Train.model_fields[name].default
+        if unread and getattr(train, name) != default:
+            raise SpecError(
+                f"it has no effect: a schedule {train.schedule!r} reads no {name}", where=f"{where}.{name}",
+                remedy=f"leave it out (at {default}), or choose another schedule",
+            )  # fmt: skip
+
+
 def _check_graph(recipe: Recipe, where: str) -> None:
     """Raises SpecError for what goes another way from step to step, or reads the device's state."""
     adapter: Any = recipe.adapter
@@ -182,22 +196,18 @@ def _check_graph(recipe: Recipe, where: str) -> None:
         )  # fmt: skip
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number, as YAML 1.2 does; PyYAML wants 3.0e-4."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def read_yaml(path: Path) -> Any:
     """Raises SpecError for a file that is missing or is not YAML."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise SpecError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"not UTF-8 text: {error}", where=str(path), remedy="convert it to UTF-8") from None
+    except Twice as error:
+        raise SpecError(
+            f"the key {error.key!r} stands twice", where=f"{path}:{error.line}", remedy="leave one of them out"
+        ) from None
     except yaml.YAMLError as error:
         raise SpecError(f"not YAML: {error}", where=str(path)) from None
 
@@ -235,7 +245,7 @@ def _assign(data: dict[str, Any], text: str, fields: list[str]) -> None:
         if not isinstance(here, (dict, list)):
             raise SpecError(f"{step!r} holds {here!r}, which has no {steps[-1]!r}", where=text)
     try:
-        parsed = yaml.load(value, _Loader)
+        parsed = yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"the value is not YAML: {error}", where=text) from None
     if isinstance(here, list):

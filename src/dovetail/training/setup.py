@@ -19,8 +19,8 @@ from dovetail.data.generated import Generated, GeneratedRows, GeneratedSet, writ
 from dovetail.data.labelled import Labelled, LabelledSet
 from dovetail.data.rows import Rows
 from dovetail.data.spans import sentinels
-from dovetail.errors import SpecError
-from dovetail.hub.save import COMPANIONS
+from dovetail.errors import DataError, SpecError
+from dovetail.hub.save import companions
 from dovetail.models import build
 from dovetail.objectives import Objective
 from dovetail.objectives.base import check_direction
@@ -29,6 +29,7 @@ from dovetail.objectives.span_corruption import SpanCorruption
 from dovetail.parts.containers import StackModule
 from dovetail.spec import Entry, Spec, entry, entry_of
 from dovetail.surgery import quantise
+from dovetail.training.alone import refuse_ranks
 from dovetail.training.device import choose, precision, total_memory
 from dovetail.training.fp8 import multiply_in_fp8
 from dovetail.training.questions import rows_for
@@ -63,6 +64,7 @@ class Parts:
 
 def set_up(recipe: Recipe) -> Parts:
     """Tokenizer, token sets and the model on its device, everything seeded. Raises UserErrors."""
+    refuse_ranks()
     device = choose(recipe.train.device)
     seed_all(recipe.train.seed)
     labelled = labelled_sets(recipe)
@@ -77,10 +79,25 @@ def set_up(recipe: Recipe) -> Parts:
         if isinstance(module, StackModule):
             module.checkpointing = int(again)
     if labelled is not None:
-        return Parts(recipe, device, tokenizer, model, *labelled)
+        return _apart(Parts(recipe, device, tokenizer, model, *labelled))
     train = _token_set(recipe, recipe.data.train, tokenizer)
     held_out = None if recipe.data.held_out is None else _token_set(recipe, recipe.data.held_out, tokenizer)
-    return Parts(recipe, device, tokenizer, model, train, held_out)
+    return _apart(Parts(recipe, device, tokenizer, model, train, held_out))
+
+
+def _apart(parts: Parts) -> Parts:
+    """The same. Raises DataError for a held-out corpus that is the training corpus, or has nothing to score."""
+    if parts.held_out is None:
+        return parts
+    if parts.held_out.meta["text_sha256"] == parts.train.meta["text_sha256"]:
+        raise DataError(
+            "the held-out text is the text that is trained on: its score would say what was learnt by heart",
+            where="data.held_out",
+            remedy="give a text that training never sees, or leave it out",
+        )
+    if not len(parts.rows(parts.held_out)):
+        raise DataError("the held-out text gives no row to score", where="data.held_out", remedy="give more text")
+    return parts
 
 
 def seed_all(seed: int) -> None:
@@ -122,9 +139,9 @@ def copy_tokenizer(recipe: Recipe, out: Path) -> None:
     if isinstance(recipe.data.train, Labelled):
         return
     source = tokenizer_folder(recipe)
-    for name in COMPANIONS:
-        if (source / name).is_file() and source.resolve() != out.resolve():
-            shutil.copyfile(source / name, out / name)
+    for name in companions(source) if source.resolve() != out.resolve() else ():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, out / name)
 
 
 def hub_folder(path: str) -> Path:

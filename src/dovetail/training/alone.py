@@ -1,0 +1,80 @@
+"""One process writes into a run's folder: others are refused before they have done anything."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dovetail.errors import RunError, UserError
+
+LOCK = ".lock"
+
+
+def refuse_ranks() -> None:
+    """Raises UserError under torchrun and its like: every rank would train the whole model, into one folder."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        raise UserError(
+            f"{size} processes were started to train together, and a training here is one process on one device",
+            where=f"WORLD_SIZE={size}",
+            remedy="start it without torchrun (or its like): dovetail train RECIPE",
+        )
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Inside, no other process gets here for the same folder, which is made if need be.
+
+    The lock ends with the process however that ends. Where the system has none, nothing is refused. A folder that is
+    still empty in the end goes. Raises UserError where another is at work, RunError where nothing can be written.
+    """
+    refuse_ranks()
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(out / LOCK)
+    except BlockingIOError:
+        raise UserError(
+            "another run writes into this folder", where=str(out), remedy="wait for it, or choose another out"
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"cannot be written: {error.strerror or error}", where=str(out), remedy="choose another out"
+        ) from None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), (out / LOCK).stat()):
+                    (out / LOCK).unlink()
+            os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file until it is closed; None where the system has no locks.
+
+    Raises BlockingIOError where another holds it, OSError where the file cannot be made.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return None
+        os.close(descriptor)  # its holder ended, and took the file away, before the lock came
