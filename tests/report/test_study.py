@@ -15,10 +15,9 @@ from dovetail.data.table_to_text import E2E
 from dovetail.errors import SpecError, StoppedError
 from dovetail.report import study as studies
 from dovetail.report.scores import nearest, questions, score
-from dovetail.report.study import Study, _key, is_study, study
+from dovetail.report.study import Study, is_study, study
 from dovetail.report.study_page import Found, Row, order, page
 from dovetail.training.loop import Run
-from dovetail.training.recipe import Recipe
 from report.runs import run_here
 
 LINES = [
@@ -80,20 +79,6 @@ def test_runs_once_reports_and_goes_on(tmp_path: Path, checkpoint: Path, monkeyp
     again = study(more, quiet=True)
     assert [(folder / "found.json").stat().st_mtime_ns for folder in kept] == times  # nothing was run again
     assert "tokens_per_s" in again.rows[2].spent
-    key = json.loads((kept[0] / "found.json").read_text())["key"]
-    to_dict = Recipe.to_dict
-
-    def later(value: Any) -> Any:
-        """As a later version says it, which has one option more."""
-        return lambda recipe: {**to_dict(recipe), "new": value}
-
-    for value, same in ((False, True), (None, True), (True, False), (0, False)):
-        monkeypatch.setattr(Recipe, "to_dict", later(value))
-        assert (_key(found_by, found_by.arms[0], 0) == key) is same
-    monkeypatch.undo()
-    data["base"]["train"]["steps"] = 1
-    changed = Study.load(data)
-    assert _key(changed, changed.arms[0], 0) != key  # would run anew
 
 
 def test_a_part_of_a_study_shares_its_runs_with_the_whole(tmp_path: Path, checkpoint: Path) -> None:
@@ -180,6 +165,7 @@ def test_nearest_shares_most_words() -> None:
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "two arms are called 'a'"),
         ({"arms": [{"name": "a b"}, {"name": "a-b"}]}, "differ only in signs"),
         ({"arms": [{"name": "a", "change": {"trian.steps": 1}}], "published": None}, "arm 'a'"),
+        ({"arms": [{"name": "a"}, {"name": "+"}]}, r"no folder can be called '\+'"),
         ({"seeds": [1, 1]}, "a seed stands twice"),
         ({"main": "blue"}, "no metric 'blue'"),
         ({"published": {"metric": "bleu", "source": "s", "values": {"x": 1.0, "all": 2.0}}}, "'x', which is no arm"),

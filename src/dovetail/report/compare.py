@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dovetail.data import Corpus
 from dovetail.errors import SpecError
-from dovetail.hub import files, load, load_tokenizer
+from dovetail.hub import atomic, load, load_tokenizer
 from dovetail.hub.remote import resolve
 from dovetail.report import arms, html, render
 from dovetail.report.cost import Cost, Job, costs, machine, versions
@@ -59,7 +59,7 @@ def compare(
     if asked.model.dtype is None:
         model = in_dtype(model, computed_in(model))
     console = Console(stderr=True, quiet=quiet)
-    bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = (TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=len(asked.arms) + 4)
 
@@ -67,7 +67,7 @@ def compare(
             progress.update(task, description=what, completed=done)
 
         result = _compare(asked, model, tokenizer, command, str(out or asked.out), begin)
-    with files.atomic_folder(Path(result.out)) as scratch:
+    with atomic.atomic_folder(Path(result.out)) as scratch:
         (scratch / "index.html").write_text(html.page(result), encoding="utf-8")
         data = json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
         (scratch / "report.json").write_text(data + "\n", encoding="utf-8")
@@ -76,7 +76,7 @@ def compare(
         if not screen.is_terminal:
             screen = Console(highlight=False, width=render.WIDTH)
         screen.print(result)
-        screen.print(f"\nreport: {Path(result.out) / 'index.html'}", soft_wrap=True)
+        screen.print(f"\nreport: {Path(result.out) / 'index.html'}", soft_wrap=True, markup=False)
     return result
 
 

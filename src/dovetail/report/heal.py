@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dovetail import hub
-from dovetail.errors import UserError
+from dovetail.errors import StoppedError, UserError
 from dovetail.objectives.distillation import Distillation
 from dovetail.report.measure import device_of
 from dovetail.report.recipe import Heal
@@ -45,7 +45,10 @@ def heal(model: Any, how: Heal, seed: int, original: Any) -> Any:
             hub.save(original, teacher, format="dovetail", tokenizer_from=origin.folder)
             objective = objective.replace(teacher=str(teacher))
         recipe = Recipe(model=str(start), data=data, objective=objective, train=train, out=str(end))
-        fit(recipe, progress=False)
+        try:
+            fit(recipe, progress=False)
+        except StoppedError as stop:
+            raise StoppedError(f"{stop.what}, while healing", remedy="nothing of it is kept: begin anew") from None
         healed = hub.load(end, device=device_of(model))
     stored = dict(model.named_parameters())
     for name, parameter in healed.named_parameters():

@@ -6,6 +6,8 @@ import hashlib
 import io
 import math
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +17,8 @@ from dovetail.report.render import si
 
 _INK = "#010203"  # drawn in this, then replaced by the page's colour
 COLOURS = ("#2f6fdb", "#d9622b", "#2d9d6b", "#b04ac0", "#c8951a", "#d13f5c", "#2aa5b8", "#7d8590", "#8a6d3b", "#5a5fd6")
+_SHAPES = "os^DvPX*<>"
+_AS_IS = "="  # before a label until the legend stands, which leaves out what begins with a low line
 _DROPPED = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata block
 
 
@@ -41,7 +45,7 @@ def lines(
     figure, axes = _figure()
     for name, (across, up) in series.items():
         style = "--" if name in dashed else "-"
-        axes.plot(across, up, style, color=colours[name], label=name, marker="o", markersize=3, linewidth=1.6)
+        axes.plot(across, up, style, color=colours[name], label=_AS_IS + name, marker="o", markersize=3, linewidth=1.6)
     if mark is not None:
         axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=":")
         axes.annotate(
@@ -73,7 +77,7 @@ def powers(
     figure, axes = _figure()
     for name, (across, up) in series.items():
         style = "--" if name in dashed else "-"
-        axes.plot(across, up, style, color=colours[name], label=name, marker="o", markersize=3, linewidth=1.4)
+        axes.plot(across, up, style, color=colours[name], label=_AS_IS + name, marker="o", markersize=3, linewidth=1.4)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({value for across, _ in series.values() for value in across})
@@ -107,8 +111,8 @@ def ladder(marks: Sequence[Mark], *, xs: Sequence[str], y: str, colours: Mapping
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     figure, panels = _figure(len(xs))
-    shapes = dict(zip(dict.fromkeys(colours.values()), "os^DvPX*<>" * 9, strict=False))
     places, names = {mark.name: mark for mark in marks}, []
+    shapes = _shapes(colours, {mark.name: mark.before for mark in marks if mark.before is not None})
     for i, (axes, x) in enumerate(zip(panels, xs, strict=True)):
         for mark in marks:
             colour = colours[mark.name]
@@ -118,7 +122,7 @@ def ladder(marks: Sequence[Mark], *, xs: Sequence[str], y: str, colours: Mapping
                 axes.plot([start.across[i], mark.across[i]], [start.up, mark.up], color=colour, linewidth=0.9)
             size = 7 if mark.before is None else 4.5
             axes.plot(
-                [mark.across[i]], [mark.up], shapes[colour], color=colour, markerfacecolor=face, label=mark.name,
+                [mark.across[i]], [mark.up], shapes[mark.name], color=colour, markerfacecolor=face, label=_AS_IS + mark.name,
                 markersize=size, markeredgewidth=1.4,
             )  # fmt: skip
         costs = [mark.across[i] for mark in marks]
@@ -136,6 +140,17 @@ def ladder(marks: Sequence[Mark], *, xs: Sequence[str], y: str, colours: Mapping
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, spell=spell: spell(value)))
         names.append(x)
     return _finished(figure, panels, names, y)
+
+
+def _shapes(colours: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """A shape for each name: that of `before` where it has one; no two others of one colour have the same."""
+    rank = {colour: i for i, colour in enumerate(dict.fromkeys(colours.values()))}
+    shapes: dict[str, str] = {}
+    used = Counter[str]()
+    for name in (name for name in colours if name not in before):
+        shapes[name] = _SHAPES[(rank[colours[name]] + used[colours[name]]) % len(_SHAPES)]
+        used[colours[name]] += 1
+    return shapes | {name: shapes[other] for name, other in before.items()}
 
 
 def _spelled(low: float, high: float) -> Callable[[float], str]:
@@ -166,11 +181,17 @@ def _figure(panels: int | None = None) -> tuple[Any, Any]:
 
 
 def _finished(figure: Any, panels: Sequence[Any], xs: Sequence[str], y: str) -> str:
+    from matplotlib.text import Text
+
     panels[0].set_ylabel(y)
     for axes, x in zip(panels, xs, strict=True):
         axes.set_xlabel(x)
         axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    legend = panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    for text in legend.get_texts():
+        text.set_text(text.get_text().removeprefix(_AS_IS))
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is one
     return inline(figure, f"{y} by {', '.join(xs)}")
 
 
@@ -190,7 +211,11 @@ def inline(figure: Any, label: str) -> str:
         if to_hex(text.get_color()) == "#000000":
             text.set_color(_INK)
     out = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dovetail", "text.color": _INK}):
+    with (
+        rc_context({"svg.fonttype": "none", "svg.hashsalt": "dovetail", "text.color": _INK}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's own font has it
         figure.savefig(out, format="svg", transparent=True, metadata=_DROPPED)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")

@@ -118,11 +118,22 @@ def said(value: Any, digits: int | None = None) -> str:
     return "-" if value is None else str(value) if digits is None else f"{value:.{digits}f}"
 
 
-def grid(*names: str, right: int = 0, title: str | None = None) -> Table:
+class Grid(Table):
+    """A table whose strings stand as they are: a name may hold what rich would take for markup."""
+
+    def add_row(self, *cells: Any, **how: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **how)
+
+
+def grid(*names: str, right: int = 0, title: str | None = None) -> Grid:
     """An empty table with these columns, the last `right` of them flush right."""
-    table = Table(box=None, header_style="bold", title=title, title_justify="left", title_style="bold", pad_edge=False)
+    head = None if title is None else Text(title)
+    table = Grid(box=None, header_style="bold", title=head, title_justify="left", title_style="bold", pad_edge=False)
     for i, name in enumerate(names):
         table.add_column(
-            name, justify="right" if i >= len(names) - right and right else "left", overflow="fold", no_wrap=i == 0
+            Text(name),
+            justify="right" if i >= len(names) - right and right else "left",
+            overflow="fold",
+            no_wrap=i == 0,
         )
     return table

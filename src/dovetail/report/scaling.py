@@ -33,8 +33,8 @@ from dovetail.report.cost import machine, peak, state_bytes, versions
 from dovetail.report.plain import plain
 from dovetail.report.processes import processes
 from dovetail.report.scaling_page import DECODE, FORWARD, STEP, Cell, Measured, Scaled
-from dovetail.report.study_recipe import chosen, said_only, slug, with_kept
-from dovetail.report.written import write
+from dovetail.report.study_recipe import chosen, override_of, said_only, slug, with_kept
+from dovetail.report.written import keep, kept, write
 from dovetail.spec import Spec
 from dovetail.spec.spec import validate
 from dovetail.training.device import autocast, choose, compiled, precision
@@ -98,9 +98,12 @@ class Scaling(Section):
             raise ValueError(f"batch_tokens {self.batch_tokens} hold no row of {self.at[-1]}")
         names = [arm.name for arm in self.arms]
         twice = [name for name in names if names.count(name) > 1]
-        if twice or len({slug(name) for name in names}) < len(names):
+        slugs = [slug(name) for name in names]
+        if twice or len(set(slugs)) < len(names):
             what = f"two arms are called {twice[0]!r}" if twice else "two names of arms differ only in signs"
             raise ValueError(f"{what}; each has a folder of its own")
+        if not all(slugs):
+            raise ValueError(f"no folder can be called {names[slugs.index('')]!r}: give a letter or a digit")
         if self.published is not None:
             for name in (self.published.against, *self.published.values):
                 if name not in names:
@@ -123,7 +126,7 @@ class Scaling(Section):
 
     def spec(self, arm: Arm) -> Spec:
         """The model of an arm. Raises SpecError naming the arm."""
-        said = [f"{path}={json.dumps(value)}" for path, value in arm.change.items()]
+        said = [override_of(path, value) for path, value in arm.change.items()]
         where = f"arm {arm.name!r}"
         try:
             steps = [path.split(".")[0] for path in arm.change]
@@ -181,19 +184,21 @@ def scaling(
     whole = given if isinstance(given, Scaling) else Scaling.load(given, overrides)
     source = str(recipe) if isinstance(recipe, (str, Path)) else "RECIPE"
     target, console = Path(out or whole.out), Console(stderr=True, quiet=quiet)
-    bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = (TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     where, failed = machine(choose(whole.device)), {}
 
+    def file(arm: Arm) -> Path:
+        return target / "runs" / slug(arm.name) / "found.json"
+
     def ended(arm: Arm) -> bool:
-        return bool(_kept(target / "runs" / slug(arm.name) / "found.json", _key(whole, arm, where)).get("ended"))
+        return bool((kept(file(arm), _key(whole, arm, where)) or {}).get("ended"))
 
     asked = with_kept(whole, only, ended)
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("arms", total=len(asked.arms))
         for arm in asked.arms:
             progress.update(task, description=arm.name)
-            path, key = target / "runs" / slug(arm.name) / "found.json", _key(asked, arm, where)
-            if not ended(arm) and (error := _apart(asked, arm, key, path)) is not None:
+            if not ended(arm) and (error := _apart(asked, arm, _key(asked, arm, where), file(arm))) is not None:
                 failed[arm.name] = error
             progress.advance(task)
     if failed:
@@ -209,7 +214,7 @@ def scaling(
         device=where,
         versions=versions(),
         command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, whole.arms)]),
-        arms=tuple(_arm(asked, arm, target / "runs" / slug(arm.name) / "found.json") for arm in asked.arms),
+        arms=tuple(_arm(asked, arm, file(arm)) for arm in asked.arms),
         recipe=plain(asked),
     )
     write(result, scaling_page.page(result), target, quiet)
@@ -230,12 +235,6 @@ def _key(asked: Scaling, arm: Arm, where: str) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(path: Path, key: str) -> dict[str, Any]:
-    """What was found under this key before, {} for nothing."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if found.get("key") == key else {}
-
-
 def _apart(asked: Scaling, arm: Arm, key: str, path: Path) -> str | None:
     """Measures an arm in a process of its own; what went wrong with it, where something did."""
     for _ in range(len(asked.at) * 2 + len(asked.decode_at) + 1):  # a process that is killed loses one cell
@@ -244,21 +243,14 @@ def _apart(asked: Scaling, arm: Arm, key: str, path: Path) -> str | None:
                 pool.submit(_measure, asked, arm, key, path).result()
                 return None
             except BrokenProcessPool:
-                found = _kept(path, key)
-                if not found.get("trying"):
+                found = kept(path, key)
+                if found is None or not found.get("trying"):
                     return "its process ended before it measured anything"
                 killed = Cell(*found.pop("trying"), why="the process was killed, as systems short of memory do")
-                _write(path, found | {"cells": [*found["cells"], asdict(killed)]})
+                keep(path, found | {"cells": [*found["cells"], asdict(killed)]})
             except Exception as error:  # whatever it is, the other arms are measured before it is raised
                 return f"{type(error).__name__}: {error}"
     return "its process was killed again and again"
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)  # whole or not at all: the process may be killed at any time
 
 
 def _measure(asked: Scaling, arm: Arm, key: str, path: Path) -> None:
@@ -266,7 +258,7 @@ def _measure(asked: Scaling, arm: Arm, key: str, path: Path) -> None:
     device, begin = choose(asked.device), time.monotonic()
     narrow = (precision("auto", device) if asked.dtype == "auto" else asked.dtype) in ("bf16", "bfloat16")
     model = build(asked.spec(arm), device=device)
-    found = _kept(path, key) or {
+    found = kept(path, key) or {
         "key": key,
         "parameters": sum(p.numel() for p in model.parameters()),
         "plans": _plans(model, device.type, asked.at[-1]),
@@ -284,12 +276,12 @@ def _measure(asked: Scaling, arm: Arm, key: str, path: Path) -> None:
                 rows = 1 if what == DECODE or asked.batch_tokens is None else asked.batch_tokens // length
                 late = time.monotonic() - begin > asked.seconds
                 ended = ended or (f"the limit of {asked.seconds:g} s an arm was reached" if late else "")
-                _write(path, found | {"trying": [what, length, rows]})
+                keep(path, found | {"trying": [what, length, rows]})
                 cell = Cell(what, length, rows, why=ended) if ended else _cell(asked, model, narrow, what, length, rows)
                 found["cells"].append(asdict(cell))
-                _write(path, found)
+                keep(path, found)
             ended = ended or (f"left out: at {length}, {cell.why}" if cell.why else "")
-    _write(path, found | {"ended": True})
+    keep(path, found | {"ended": True})
 
 
 def _cell(asked: Scaling, model: Any, narrow: bool, what: str, length: int, rows: int) -> Cell:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dovetail.adapters import trainable
 from dovetail.data import Pairs
 from dovetail.data.labelled import nearest_mean
-from dovetail.errors import DivergedError, DovetailError, SpecError
+from dovetail.errors import DivergedError, DovetailError, SpecError, StoppedError
 from dovetail.hub import load, load_tokenizer
+from dovetail.hub.atomic import recover
 from dovetail.hub.remote import resolve
+from dovetail.kernels import twins
 from dovetail.report import clock, study_page
 from dovetail.report.cost import machine, state_bytes, versions
 from dovetail.report.lengths import Lengths, examine
 from dovetail.report.ngram_rival import ngram_of_training
 from dovetail.report.plain import plain
-from dovetail.report.processes import processes
+from dovetail.report.processes import processes, sigterm_handed_on
 from dovetail.report.scores import generate_scores, nearest, questions, score
+from dovetail.report.study_key import key as _key
 from dovetail.report.study_page import Curve, Found, Row
 from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, said_only, slug, with_kept
 from dovetail.report.study_recipe import is_study as is_study
-from dovetail.report.written import write
+from dovetail.report.written import keep, kept, write
 from dovetail.training import checkpoint
+from dovetail.training.alone import alone_in
 from dovetail.training.device import choose, peak_memory
 from dovetail.training.flops import parameter_count
 from dovetail.training.loop import Run
 from dovetail.training.setup import set_up
+
+FOUND = "found.json"  # in a run's folder
 
 
 def study(
@@ -55,10 +62,12 @@ def study(
 
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
     texts and the questions are the same: an interrupted study goes on where it stood, its trainings where a SIGTERM
-    found them. A training that diverges is kept as that, and no order is claimed of its arm. only: names of the arms that
-    are run, all unless given; those are reported, and with them every arm whose runs are kept. jobs: runs at a time, each
-    in a process of its own, spread over the GPUs that are visible (rates are then not comparable, and left out).
-    Raises SpecError for a recipe that does not fit or has no such arm, and whatever a run raises.
+    found them (they are told, and save). A training that diverges, or whose scores are no numbers, is reported as that,
+    and no order is claimed of its arm. only: names of the arms that are run, all unless given; those are reported, and
+    with them every arm whose runs are kept. jobs: runs at a time, each in a process of its own, spread over the GPUs that
+    are visible (rates are then not comparable, and left out, as they are where kept runs are of several machines).
+    Raises SpecError for a recipe that does not fit or has no such arm, StoppedError after a SIGTERM, and whatever a run
+    raises.
     """
     whole = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
     target = Path(out or whole.out)
@@ -66,10 +75,10 @@ def study(
     def place(arm: Arm, seed: int) -> Path:
         return target / "runs" / slug(arm.name) / str(seed)
 
-    def kept(arm: Arm) -> bool:
-        return all(_kept(place(arm, seed), _key(whole, arm, seed)) is not None for seed in whole.seeds)
+    def done(arm: Arm) -> bool:
+        return all(kept(place(arm, seed) / FOUND, _key(whole, arm, seed)) is not None for seed in whole.seeds)
 
-    asked = with_kept(whole, only, kept)
+    asked = with_kept(whole, only, done)
     if asked.clock is not None and jobs != 1:
         raise SpecError(
             f"a clock beside {jobs} runs at a time, which take the device from each other",
@@ -80,37 +89,59 @@ def study(
     runs = [(arm, seed) for arm in asked.arms for seed in asked.seeds]
     places = {(arm.name, seed): place(arm, seed) for arm, seed in runs}
     console = Console(stderr=True, quiet=quiet)
-    bar = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = (TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     keys = {(arm.name, seed): _key(asked, arm, seed) for arm, seed in runs}
-    found = {run: before for run in places if (before := _kept(places[run], keys[run])) is not None}
+    warn = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    before = {run: kept(folder / FOUND, keys[run], warn) for run, folder in places.items()}
+    found = {run: _judged(told) for run, told in before.items() if told is not None}
+    for run in found:
+        _tidy(places[run])
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(runs), completed=len(found))
-        with processes(jobs) as pool:
+        with processes(jobs) as pool, sigterm_handed_on() as stopped:
             waiting = [(arm, seed) for arm, seed in reversed(runs) if (arm.name, seed) not in found]
             free = _gpus(jobs)
             going: dict[Future[dict[str, Any]], tuple[tuple[str, int], str | None]] = {}
             while waiting or going:
+                if stopped():
+                    waiting.clear()
                 while waiting and free:
                     arm, seed = waiting.pop()
                     run, gpu = (arm.name, seed), free.pop(0)
                     going[pool.submit(_run, asked, arm, seed, keys[run], places[run], gpu)] = run, gpu
-                for done in wait(going, return_when=FIRST_COMPLETED).done:
-                    run, gpu = going.pop(done)
+                for future in wait(going, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    run, gpu = going.pop(future)
                     free.append(gpu)
                     try:
-                        found[run] = done.result()
-                    except DovetailError:
+                        found[run] = _judged(future.result())
+                    except (DovetailError, BrokenProcessPool, KeyboardInterrupt) as error:
+                        if stopped() and isinstance(error, StoppedError | BrokenProcessPool | KeyboardInterrupt):
+                            continue  # it saved, or had nothing to save yet
                         pool.shutdown(cancel_futures=True)
                         raise
                     progress.update(task, advance=1, description="{}, seed {}".format(*run))
+            if stopped():
+                raise StoppedError(
+                    f"told to stop with {len(found)} of {len(runs)} runs done",
+                    where=str(target / "runs"),
+                    remedy="run the command again: what is done is kept, and a training goes on where it was saved",
+                )
     more = {} if asked.lengths is None else _along(asked, asked.lengths, found)
     if asked.clock is not None:
         found = clock.timed(asked.clock, found, asked.seeds)
         more |= {"races": clock.curves(asked.clock, found, asked.seeds), "against": asked.clock.against}
         more |= {"smaller": more.get("smaller", study_page.SMALLER_IS_BETTER) | clock.SMALLER}
         more |= {"note": f"{more.get('note', '')} {clock.NOTE}".strip()}
+    here = machine(choose(str(asked.base.get("train", {}).get("device", "auto"))))
+    made: dict[str, list[str]] = {}  # machine -> arms
+    for arm, seed in runs:
+        made.setdefault(found[arm.name, seed].get("device", here), []).append(arm.name)
+    if len(made) > 1:
+        where = "; ".join(f"{device}: {', '.join(dict.fromkeys(names))}" for device, names in made.items())
+        more["note"] = f"{more.get('note', '')} Runs of several machines, whose rates are left out. {where}.".strip()
+    rates = jobs == 1 and len(made) == 1
     rows = [
-        row for arm in asked.arms for row in _rows(asked, arm, [found[arm.name, seed] for seed in asked.seeds], jobs)
+        row for arm in asked.arms for row in _rows(asked, arm, [found[arm.name, seed] for seed in asked.seeds], rates)
     ]
     rival = next((row for row in rows if row.name in asked.truncated), None)
     if asked.generate is not None:
@@ -126,7 +157,7 @@ def study(
     result = Found(
         name=asked.name,
         date=datetime.date.today().isoformat(),
-        device=machine(choose(str(asked.base.get("train", {}).get("device", "auto")))),
+        device="; ".join(made),
         versions=versions(),
         command=" ".join(["dovetail compare", source, *overrides, *said_only(asked.arms, whole.arms)]),
         seeds=asked.seeds,
@@ -135,22 +166,13 @@ def study(
         rows=tuple(row for row in rows if row.name not in asked.truncated),
         rival=rival,
         published=tuple(plain(table) | {"values": table.compared} for table in asked.published),
-        samples=_samples(asked, places) if asked.generate is not None else (),
+        samples=_samples(asked, found) if asked.generate is not None else (),
         recipe=plain(asked),
         out=str(target),
         **more,
     )
     write(result, study_page.page(result), target, quiet)
     return result
-
-
-def _kept(folder: Path, key: str) -> dict[str, Any] | None:
-    """What a run of this key found before."""
-    kept = folder / "found.json"
-    if not kept.is_file():
-        return None
-    before = json.loads(kept.read_text(encoding="utf-8"))
-    return before if before.get("key") == key else None
 
 
 def _gpus(jobs: int) -> list[str | None]:
@@ -169,6 +191,7 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     recipe = asked.recipe(arm, seed) if asked.trains else None
     begun = folder / "key"
+    recover(folder / "run")
     last = checkpoint.found(folder / "run") if begun.is_file() and begun.read_text() == key and not asked.clock else []
     if not last:
         shutil.rmtree(folder, ignore_errors=True)
@@ -177,20 +200,25 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
     weights: Any = contextlib.nullcontext()
     if recipe is None:
         path = resolve(model_of(asked, arm))
-        model, tokenizer = load(path, dtype=torch.float32, device=choose("auto")), load_tokenizer(path)
+        here = machine(device := choose("auto"))
+        model, tokenizer = load(path, dtype=torch.float32, device=device), load_tokenizer(path)
         size = sum(p.numel() for p in model.parameters())
-        found: dict[str, Any] = {"key": key, "trainable": 0, "parameters": size, "metrics": {}}
+        found: dict[str, Any] = {"key": key, "trainable": 0, "parameters": size, "device": here, "metrics": {}}
     else:
-        run = Run(set_up(recipe), folder / "run")
-        size = {"key": key, "trainable": sum(p.numel() for p in trainable(run.model).values())}
-        size |= {"parameters": parameter_count(run.model), "state_bytes": state_bytes(run.model, recipe.train.length)}
-        if last:
-            run.restore(last[-1])
-        start = time.perf_counter()
-        try:
-            trained = run.train(progress=False)
-        except DivergedError as error:
-            return _keep(folder, size | {"peak_bytes": peak_memory(run.device), "metrics": {}, "diverged": error.what})
+        paths = twins.plain() if recipe.train.plain else contextlib.nullcontext()  # what is asked then takes fast ones
+        with paths, alone_in(folder / "run"):
+            run = Run(set_up(recipe), folder / "run")
+            size = {"key": key, "trainable": sum(p.numel() for p in trainable(run.model).values())}
+            size |= {"parameters": parameter_count(run.model), "device": machine(run.device)}
+            size |= {"state_bytes": state_bytes(run.model, recipe.train.length)}
+            if last:
+                run.restore(last[-1])
+            start = time.perf_counter()
+            try:
+                trained = run.train(progress=False)
+            except DivergedError as error:
+                lost = {"peak_bytes": peak_memory(run.device), "metrics": {}, "diverged": error.what}
+                return _keep(folder, size | lost)
         model, tokenizer, weights = run.model, run.parts.tokenizer, run.exported()
         found = {
             **size, "steps": trained.steps, "tokens": trained.tokens, "peak_bytes": peak_memory(run.device),
@@ -215,68 +243,59 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
 
 def _keep(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """`found` in the run's folder, in place of the weights, which have told what was asked."""
-    shutil.rmtree(folder / "run", ignore_errors=True)
-    (folder / "key").unlink()
-    (folder / "found.json").write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep(folder / FOUND, found)
+    _tidy(folder)
     return found
 
 
-def _key(asked: Study, arm: Arm, seed: int) -> str:
-    """SHA-256 of all that a run depends on: what it does, and the weights and texts that it reads."""
-    ask: Any = asked.generate or asked.lengths
-    recipe = asked.recipe(arm, seed) if asked.trains else None
-    corpora, folders = [], [model_of(asked, arm)]
-    if recipe is not None:
-        data, objective = recipe.data, recipe.objective
-        corpora = [data.train, data.held_out]
-        own = [recipe.model] if isinstance(recipe.model, str) else []
-        folders = [*own, *recipe.adapters.values(), *objective.helpers().values()]  # type: ignore[attr-defined]
-    corpora += [] if ask is None else [ask.text if isinstance(ask, Lengths) else ask.data]
-    texts = [corpus.fingerprint() for corpus in corpora if corpus is not None]
-    did = [model_of(asked, arm), seed] if recipe is None else recipe.to_dict()
-    said = [_on(did), _on(plain(ask)), _on(plain(arm.variants)), texts, [_weights(f) for f in folders], versions()]
-    said += [] if asked.clock is None else ["clock", machine(choose(recipe.train.device if recipe else "auto"))]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _tidy(folder: Path) -> None:
+    """Removes what a run that is kept leaves behind, or one that was killed while it did this."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    (folder / "key").unlink(missing_ok=True)
 
 
-def _on(said: Any) -> Any:
-    """What is said without what is off: an option that did not exist when a run was made was off in it."""
-    if isinstance(said, Mapping):
-        return {name: _on(value) for name, value in said.items() if value is not None and value is not False}
-    return [_on(one) for one in said] if isinstance(said, list | tuple) else said
+def _judged(found: dict[str, Any]) -> dict[str, Any]:
+    """What a run found; where a score of its own is no number, as of a training that diverged."""
+    told = {"metrics": found["metrics"], "clock": found.get("clock")}
+    if "diverged" in found or _finite(told):
+        return found
+    left = {name: value for name, value in found.items() if name not in ("metrics", "clock", "variants", "texts")}
+    wrong = [f"{name} is {value}" for name, value in found["metrics"].items() if not _finite(value)]
+    return left | {"metrics": {}, "diverged": f"{(wrong or ['a held-out loss is no number'])[0]} after the training"}
 
 
-def _weights(folder: str) -> list[str]:
-    """SHA-256 of each file of weights, configuration and tokenizer in a model's folder."""
-    out = []
-    for path in sorted(p for p in resolve(folder).iterdir() if p.suffix in (".safetensors", ".json")):
-        with path.open("rb") as file:
-            out.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
-    return out
+def _finite(told: Any) -> bool:
+    """Whether all numbers in it are."""
+    if isinstance(told, Mapping):
+        return all(map(_finite, told.values()))
+    if isinstance(told, list | tuple):
+        return all(map(_finite, told))
+    return not isinstance(told, float) or math.isfinite(told)
 
 
-def _rows(asked: Study, arm: Arm, found: list[dict[str, Any]], jobs: int) -> list[Row]:
-    """The arm, and each of its variants. Metrics are of the runs that ended."""
+def _rows(asked: Study, arm: Arm, found: list[dict[str, Any]], rates: bool) -> list[Row]:
+    """The arm, and each of its variants. Metrics are of the runs that ended in numbers. rates: whether they compare."""
     spent: dict[str, float] = {}
     diverged = tuple(seed for seed, run in zip(asked.seeds, found, strict=True) if "diverged" in run)
     if asked.trains:
         spent["peak_bytes"] = max(run["peak_bytes"] for run in found)
         spent |= {"state_bytes": found[0]["state_bytes"]} if found[0].get("state_bytes") else {}
-        if jobs == 1 and not diverged and all("tokens_per_s" in run for run in found):
+        if rates and not diverged and all("tokens_per_s" in run for run in found):
             spent["tokens_per_s"] = sum(run["tokens_per_s"] for run in found) / len(found)
             spent |= {"seconds": max(run["seconds"] for run in found)} if all("seconds" in run for run in found) else {}
-    first = found[0]
-    ended = [run for run in found if "diverged" not in run]
-    variants = [run.get("variants", {"": {"metrics": {}}}) for run in ended]
-    rows = []
+    first, rows = found[0], []
     for name in ("", *(variant.name for variant in arm.variants)):
-        several = [
-            run[name]["metrics"] | ({} if name else main["metrics"]) for run, main in zip(variants, ended, strict=True)
-        ]
+        told = {
+            seed: run.get("variants", {"": {"metrics": {}}})[name]["metrics"] | ({} if name else run["metrics"])
+            for seed, run in zip(asked.seeds, found, strict=True)
+            if "diverged" not in run
+        }
+        several = [one for one in told.values() if _finite(one)]
+        lost = tuple(seed for seed in asked.seeds if not _finite(told.get(seed, math.nan)))
         values = {metric: [one[metric] for one in several] for metric in (several[0] if several else ())}
         metrics = {metric: (sum(v) / len(v), max(v) - min(v)) for metric, v in values.items()}
         own = (0, first["parameters"], {}) if name else (first["trainable"], first["parameters"], spent)
-        rows.append(Row(row_name(arm, name), metrics, *own, diverged, "" if name else arm.family))
+        rows.append(Row(row_name(arm, name), metrics, *own, lost, "" if name else arm.family))
     return rows
 
 
@@ -289,15 +308,14 @@ def _along(asked: Study, ask: Lengths, found: Mapping[tuple[str, int], dict[str,
             continue
         mine = {}
         for name in runs[0]:
-            several = [run[name]["curve"] for run in runs]
-            across = [(a + b - 1) / 2 for a, b, _ in several[0]]
-            mine[row_name(arm, name)] = (
-                across,
-                [sum(v[2] for v in some) / len(runs) for some in zip(*several, strict=True)],
-            )
-        if len(asked.arms) > 1:
+            several = [run[name]["curve"] for run in runs if _finite(run[name]["curve"])]
+            if several:
+                across = [(a + b - 1) / 2 for a, b, _ in several[0]]
+                losses = [sum(v[2] for v in some) / len(several) for some in zip(*several, strict=True)]
+                mine[row_name(arm, name)] = across, losses
+        if len(asked.arms) > 1 and arm.name in mine:
             curves.setdefault("every arm as it is", {})[arm.name] = mine[arm.name]
-        if len(mine) > 1 or len(asked.arms) == 1:
+        if len(mine) > 1 or (mine and len(asked.arms) == 1):
             curves[arm.name] = mine
     return {"smaller": ask.smaller, "brief": ask.brief, "note": ask.note, "trained": ask.at[0], "curves": curves}
 
@@ -320,14 +338,13 @@ def _nearest_mean(asked: Study) -> float:
     return 100 * nearest_mean(data.train.examples(), data.held_out.examples())
 
 
-def _samples(asked: Study, places: Mapping[tuple[str, int], Path]) -> tuple[tuple[str, str, str], ...]:
+def _samples(asked: Study, found: Mapping[tuple[str, int], dict[str, Any]]) -> tuple[tuple[str, str, str], ...]:
     """(prompt, arm, text) of the first three questions, of the first seed."""
     assert asked.generate is not None
     prompts = [q.prompt for q in questions(asked.generate.data.pairs())[:3]]  # type: ignore[attr-defined]
     out = []
     for arm in asked.arms:
-        kept = json.loads((places[arm.name, asked.seeds[0]] / "found.json").read_text(encoding="utf-8"))
-        texts = kept.get("texts", ["(it diverged)"] * len(prompts))
+        texts = found[arm.name, asked.seeds[0]].get("texts", ["(it diverged)"] * len(prompts))
         out += [(prompt, arm.name, text) for prompt, text in zip(prompts, texts, strict=False)]
     return tuple(out)
 

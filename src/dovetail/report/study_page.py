@@ -139,16 +139,18 @@ class Found:
                 continue
             ours, spread = row.metrics[metric]
             one: dict[str, Any] = {"case": row.name, "metric": self.titles[metric], "ours": round(ours, 4)}
-            one |= {"spread": round(spread, 4), "seeds": list(self.seeds), "trainable": row.trainable}
+            ended = [seed for seed in self.seeds if seed not in row.diverged]
+            one |= {"spread": round(spread, 4), "seeds": ended, "trainable": row.trainable}
             one |= {"peak_mb": round(row.spent["peak_bytes"] / 1e6)} if row.spent else {}
             one |= {"minutes": round(row.spent["seconds"] / 60, 2)} if "seconds" in row.spent else {}
             one |= {"state_bytes": row.spent["state_bytes"]} if "state_bytes" in row.spent else {}
             if self.rival is not None and metric in self.rival.metrics:
                 theirs = self.rival.metrics[metric][0]
+                better, worse = (theirs, ours) if metric in self.smaller else (ours, theirs)
                 one |= {
                     "peer": self.rival.name,
                     "theirs": round(theirs, 4),
-                    "ratio": round(ours / theirs, 3) if theirs else None,
+                    "ratio": round(better / worse, 3) if worse else None,  # above 1 where ours is better
                 }
             for table in self.tables:
                 if row.name in table["values"] and table["metric"] == metric:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ class Study(Section):
         if twice or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"two arms are called {twice[0]!r}" if twice else f"a seed stands twice in {self.seeds}")
         slugs = [slug(name) for name in names]
+        if not all(slugs):
+            raise ValueError(f"no folder can be called {names[slugs.index('')]!r}: give a letter or a digit")
         if len(set(slugs)) < len(slugs):
             raise ValueError("two names of arms differ only in signs that no folder is named by")
         if self.labelled and (self.generate is not None or self.lengths is not None):
@@ -212,7 +215,7 @@ class Study(Section):
 
     def recipe(self, arm: Arm, seed: int) -> Recipe:
         """The training recipe of one run. Raises SpecError naming the arm."""
-        said = [f"{path}={json.dumps(value)}" for path, value in arm.change.items()]
+        said = [override_of(path, value) for path, value in arm.change.items()]
         try:
             return Recipe.load(self.base, [*said, f"train.seed={seed}"])
         except SpecError as error:
@@ -283,8 +286,18 @@ def said_only(arms: Sequence[Any], whole: Sequence[Any]) -> list[str]:
     return [f"--only {shlex.quote(arm.name)}" for arm in arms] if len(arms) < len(whole) else []
 
 
+def override_of(path: str, value: Any) -> str:
+    """`path=value`, the value as JSON that YAML reads as the same. A sign beyond 16 bits stands as it is, since YAML takes
+    JSON's pair of escapes for two signs; others are escaped, since some of them break a line in YAML."""
+    said = json.dumps(value, ensure_ascii=False)
+    return f"{path}=" + "".join(f"\\u{ord(c):04x}" if "\x7f" <= c <= "\uffff" else c for c in said)
+
+
 def slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-").lower()
+    """The name of an arm's folder: letters, digits and dots of any script, the rest as hyphens; "" where there are none."""
+    signs = unicodedata.normalize("NFC", name.lower())
+    kept = "".join(c if c == "." or unicodedata.category(c)[0] in "LMN" else "-" for c in signs)
+    return re.sub("-+", "-", kept).strip("-") if kept.strip("-.") else ""
 
 
 def _only_asks(study: Study, where: str) -> None:
