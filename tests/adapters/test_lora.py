@@ -35,6 +35,14 @@ from oracles import oracle_for
 
 PEFT: dict[str, tuple[str, dict[str, Any]]] = {
     "query and value": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    "patterns, which are regular expressions": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+            "rank_pattern": {r"layers\.1.*_proj": 2, "nothing": 7},
+            "alpha_pattern": {"[^q]_proj": 40, "(q|down)_proj": 3},
+        },
+    ),
     "rslora everywhere": ("llama", {"target_modules": "all-linear", "use_rslora": True}),
     "own ranks, head": (
         "llama",

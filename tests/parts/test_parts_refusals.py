@@ -122,3 +122,35 @@ def test_rerope_equals_rope_within_its_window_under_a_scaling_with_a_factor() ->
     for window in (6, 5):  # distances 0..5: with a window of 5 the far region holds distance 5 alone
         other = decoder({"position": {"kind": "rerope", "scaling": yarn, "window": window}}).double()
         torch.testing.assert_close(other(tokens).logits, rope(tokens).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("norm.eps", float("nan")),
+        ("norm.eps", -1.0),
+        ("norm.offset", float("nan")),
+        ("norm", {"kind": "layer", "eps": float("nan")}),
+        ("blocks.*.mixer.position.theta", float("nan")),
+        ("blocks.*.mixer.position.theta", 0.0),
+        ("blocks.*.mixer.position.theta", -1.0),
+        ("blocks.*.mixer.position.scaling", {"kind": "yarn", "factor": float("nan")}),
+        ("blocks.*.mixer.position.scaling", {"kind": "yarn", "factor": 2.0, "beta_fast": 0.0}),
+        ("blocks.*.mixer.position.scaling", {"kind": "yarn", "factor": 2.0, "mscale": float("nan")}),
+        ("blocks.*.mixer.position.scaling", {"kind": "llama3", "low_freq_factor": 4.0}),
+        (
+            "blocks.*.mixer.position.scaling",
+            {"kind": "longrope", "short_factor": [0.0] * 4, "long_factor": [1.0] * 4},
+        ),
+        ("position", {"kind": "sinusoidal", "base": float("nan")}),
+    ],
+)
+def test_numbers_that_no_norm_and_no_position_can_have(path: str, value: Any) -> None:
+    with pytest.raises(UserError):
+        dt.build(dt.override(decoder({"position": "rope"}).spec, {path: value}))
+
+
+@pytest.mark.parametrize("blocks", [[], 3])
+def test_blocks_that_are_none(blocks: Any) -> None:
+    with pytest.raises(UserError, match="blocks is"):
+        decoder(blocks=blocks)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dovetail as dt
-from dovetail.errors import UserError
+from dovetail.errors import SpecError, UserError
 
 TOKENS = torch.tensor([[1, 2, 3]])
 
@@ -32,3 +32,17 @@ def test_a_row_with_no_token_left_is_an_error_and_not_token_zero(temperature: fl
     assert sorted(dt.generate(decoder(8), None, TOKENS, max_new_tokens=5, **options)[0].tolist()) == [0, 4, 5, 6, 7]
     with pytest.raises(UserError, match="leaves no token to choose after 5"):
         dt.generate(decoder(8), None, TOKENS, max_new_tokens=6, **options)
+
+
+@pytest.mark.parametrize("more", [{"max_new_tokens": 6}, {"max_new_tokens": 1, "suppress": (0, 4, 5, 6, 7)}], ids=str)
+def test_beams_with_no_token_left_are_an_error_too(more: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="nothing is left to choose"):
+        dt.generate(decoder(8), None, TOKENS, beams=2, no_repeat_ngram=1, **more)
+
+
+def test_a_temperature_that_no_score_can_be_divided_by_is_refused() -> None:
+    """The scores would be infinite, and the draw the last id of all."""
+    with pytest.raises(SpecError, match="set 0 for the likeliest"):
+        dt.generate(decoder(), None, TOKENS, max_new_tokens=2, temperature=1e-45, seed=1)
+    cold = dt.generate(decoder(), None, TOKENS, max_new_tokens=4, temperature=1e-30, seed=1)
+    assert torch.equal(cold, dt.generate(decoder(), None, TOKENS, max_new_tokens=4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,8 +44,24 @@ class PeftConfig:
         """target_modules; where it is a pattern, the modules that it met when the adapter was made."""
         said = self.take("target_modules")
         if isinstance(said, str):
-            return tuple(dict.fromkeys(name.split(".lora_")[0].split(".ia3_")[0] for name in self.names))
+            return self.modules()
         return None if said is None else tuple(said)
+
+    def modules(self) -> tuple[str, ...]:
+        """The modules that have stored tensors."""
+        split = [re.split(r"\.(?:lora|ia3)_", name, maxsplit=1) for name in self.names]
+        return tuple(dict.fromkeys(parts[0] for parts in split if len(parts) > 1))
+
+    def by_module(self, key: str) -> dict[str, Any]:
+        """A table of patterns as one of modules in full, by PEFT's rule: the first regular expression that meets the
+        end of a name. Raises ConfigError."""
+        table = self.take(key, {})
+        try:
+            ends = {pattern: re.compile(rf"(.*\.)?({pattern})$") for pattern in table}
+        except re.error as error:
+            raise ConfigError(f"{key}: a pattern is no regular expression: {error}", where=self.where) from None
+        met = {name: [p for p, end in ends.items() if end.match(name)] for name in self.modules()}
+        return {name: table[patterns[0]] for name, patterns in met.items() if patterns}
 
     def finish(self) -> None:
         """Raises ConfigError for keys that nobody took and that say something."""

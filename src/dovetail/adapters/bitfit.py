@@ -27,7 +27,8 @@ class BitFit(AdapterSpec):
     What trained is kept apart from the model and comes off again; weight decay pulls δ to zero, so b to where it was.
     targets: as in adapters.base.sites; unless given, every linear map with a bias but the head. The paper's smaller
     choice (section 3.2) is ("*:query", "feedforward.up"). norms: also the biases of every LayerNorm, as the paper
-    does. add: gives a bias to linear maps that have none (LLaMA's). Biases inside recurrences stay as they are.
+    does. add: gives a bias to linear maps that have none (LLaMA's), but those whose part multiplies by the matrix itself
+    and would not see it (HiPPO's recurrence, Transformer-XL's distances). Biases inside recurrences stay as they are.
     """
 
     targets: tuple[str, ...] | None = None
@@ -44,8 +45,16 @@ class BitFit(AdapterSpec):
             place.attach(name, NormShift(place.bias))
 
     def maps(self, model: Any) -> list[Site]:
-        """The linear maps. Raises SpecError where they have no bias and none is to be added."""
+        """The linear maps. Raises SpecError where they have no bias and none is to be added, or none would be seen."""
         found = sites(model, self.targets, tables=False)
+        blind = [site.path for site in found if site.place.read_whole]  # type: ignore[attr-defined]
+        if blind and self.targets is not None:
+            raise SpecError(
+                f"{blind[0]} is read as a matrix alone, and a bias there would change nothing",
+                where="targets",
+                remedy="leave it out",
+            )
+        found = [site for site in found if site.path not in blind]
         bare = [site.path for site in found if getattr(site.place, "bias", None) is None]
         nothing = len(bare) == len(found) and not self.norms_of(model)
         if bare and not self.add and (self.targets is not None or nothing):
@@ -69,7 +78,7 @@ class Shift(Vectors):
         return y + self.spread(list(self.vectors)).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight, shifted(bias, self.spread(list(self.vectors)), weight.dtype)
+        return weight, shifted(bias, self.spread(list(self.vectors)))
 
 
 class NormShift(Adapter):
@@ -84,10 +93,9 @@ class NormShift(Adapter):
         return y + self.v0.to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight, shifted(bias, self.v0, weight.dtype)
+        return weight, shifted(bias, self.v0)
 
 
-def shifted(bias: Tensor | None, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """bias + by, summed in fp32 or wider and rounded once."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return by.to(dtype) if bias is None else (bias.to(wide) + by.to(wide)).to(bias.dtype)
+def shifted(bias: Tensor | None, by: Tensor) -> Tensor:
+    """bias + by, in fp32 or wider."""
+    return by if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32)) + by

@@ -103,16 +103,15 @@ class Scaled(LowRank):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         (place,) = self.place
-        wide, factors = _wide(weight), self.factors()
-        changes = []
+        factors, changes = self.factors(), []
         for (start, stop), c, product in zip(self.segments, factors, self.products(), strict=True):
-            c = c.to(wide.dtype)[:, None]
-            changes.append(((c - 1) * wide[start:stop] + c * product.to(wide.dtype)).mT)
+            c = c.to(weight.dtype)[:, None]
+            changes.append(((c - 1) * weight[start:stop] + c * product.to(weight.dtype)).mT)
         if bias is not None and bias is not place.bias:  # another adapter changed it, within the scale
             own = torch.zeros_like(bias) if place.bias is None else place.bias
             spans = zip(self.segments, factors, strict=True)
             bias = self.add(bias, [(c - 1).to(bias.dtype) * (bias - own)[a:b] for (a, b), c in spans])
-        return self.add(wide.mT, changes).mT.to(weight.dtype), bias
+        return self.add(weight.mT, changes).mT, bias
 
 
 class ScaledTable(Scaled, LowRankTable):
@@ -134,9 +133,8 @@ class ScaledTable(Scaled, LowRankTable):
         return y + ((c - 1) * y + c * F.linear(h, self.bs[0].to(y.dtype)) * self.scales[0])
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = _wide(weight)
-        c = self.factors()[0].to(wide.dtype)
-        return (c * (wide + self.products()[0].T.to(wide.dtype))).to(weight.dtype), bias
+        c = self.factors()[0].to(weight.dtype)
+        return c * (weight + self.products()[0].T.to(weight.dtype)), bias
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -137,14 +137,12 @@ class Scaling(Vectors):
         return self.spread([None if i else v for v, i in zip(self.vectors, self.inputs, strict=True)])
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        factor = self.output_factor().to(wide.dtype)
+        factor = self.output_factor().to(weight.dtype)
         pieces, at = [], 0
         for (start, stop), vector, at_input in zip(self.segments, self.vectors, self.inputs, strict=True):
             if at_input:
-                pieces += [wide[at:start], wide[start:stop] * vector.to(wide.dtype)]
+                pieces += [weight[at:start], weight[start:stop] * vector.to(weight.dtype)]
                 at = stop
-        wide = torch.cat([*pieces, wide[at:]]) * factor[:, None]
         if bias is not None and not all(self.inputs):
-            bias = (bias.to(wide.dtype) * factor).to(bias.dtype)
-        return wide.to(weight.dtype), bias
+            bias = bias.to(weight.dtype) * factor
+        return torch.cat([*pieces, weight[at:]]) * factor[:, None], bias

@@ -90,8 +90,8 @@ class Lora(AdapterSpec):
             "dropout": float(config.take("lora_dropout", 0.0)),
             "scaling": "sqrt" if config.take("use_rslora") else "rank",
             "targets": config.targets(),
-            "ranks": config.take("rank_pattern", {}),
-            "alphas": {k: float(v) for k, v in config.take("alpha_pattern", {}).items()},
+            "ranks": config.by_module("rank_pattern"),
+            "alphas": {k: float(v) for k, v in config.by_module("alpha_pattern").items()},
             "start": peft_start(config),
         }
 

@@ -29,6 +29,12 @@ class LowRank(Adapter, Drops):
 
     def __init__(self, spec: Any, site: Site):
         super().__init__()
+        if spec.dropout and getattr(site.place, "read_whole", False):
+            raise BuildError(
+                f"{site.path} is read as a matrix: dropout of {spec.dropout:g} would have no input there to drop from",
+                where="dropout",
+                remedy="set dropout to 0, or name targets without it",
+            )
         width, device = self.widths(site.place)
         self.drop, self.ratio = spec.dropout, spec.lr_ratio
         self.segments = [(s.start, s.stop) for s in site.segments]
@@ -137,8 +143,7 @@ class LowRank(Adapter, Drops):
         return found
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return self.add(wide.mT, [p.mT.to(wide.dtype) for p in self.products()]).mT.to(weight.dtype), bias
+        return self.add(weight.mT, [p.mT.to(weight.dtype) for p in self.products()]).mT, bias
 
     def lr_scale(self, name: str) -> float:
         return 1.0 if name == "a" else self.ratio
@@ -172,5 +177,4 @@ class LowRankTable(LowRank):
         return y + F.linear(h, self.bs[0].to(y.dtype)) * self.scales[0]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return (wide + self.products()[0].T.to(wide.dtype)).to(weight.dtype), bias
+        return weight + self.products()[0].T.to(weight.dtype), bias

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dovetail.adapters.base import AdapterSpec
 from dovetail.errors import BuildError, SpecError, UserError, did_you_mean
-from dovetail.parts.adaptable import ADAPTERS, Adaptable, adaptables, of_adapter
+from dovetail.parts.adaptable import ADAPTERS, adaptables, of_adapter
 from dovetail.spec import Spec
 
 
@@ -29,6 +29,7 @@ def adapt(model: Any, adapter: AdapterSpec | Mapping[str, Any] | str, *, name: s
     if not name or "." in name:
         raise SpecError(f"{name!r} cannot name an adapter", remedy="use letters, digits, - and _")
     _not_merged(model)
+    _not_routed(model)
     learning = list(trainable(model).values())
     model.requires_grad_(False)
     try:
@@ -54,9 +55,12 @@ def active(model: Any) -> tuple[str, ...]:
 
 
 def use(model: Any, *names: str) -> None:
-    """These adapters and no others, one around the other in this order. Raises UserError for a name not there."""
+    """These adapters and no others, one around the other in this order. Raises UserError for a name not there or there
+    twice, and while rows are routed."""
     _known(model, names)
+    _once(names)
     _not_merged(model)
+    _not_routed(model)
     model.adapters_active = names
     for _, place in adaptables(model):
         there = place.attached()
@@ -65,46 +69,59 @@ def use(model: Any, *names: str) -> None:
 
 @contextmanager
 def off(model: Any) -> Iterator[None]:
-    """Inside, the model as it is without adapters (a reference policy)."""
-    was = active(model)
-    use(model)
-    try:
+    """Inside, the model as it is without adapters (a reference policy), routed rows too."""
+    _not_merged(model)
+    with _as_before(model):
+        for _, place in adaptables(model):
+            place.active, place.routes = (), ()
+        model.adapters_active = ()
         yield
-    finally:
-        use(model, *was)
 
 
 @contextmanager
 def route(model: Any, rows: Sequence[str | Sequence[str] | None]) -> Iterator[None]:
     """Inside, every row of the batch goes through the adapters that it names (None: none), in one pass.
 
-    Raises UserError for names that are not there, BuildError for adapters that do not work row by row.
+    One inside another takes its place until it ends. Raises UserError for names that are not there or twice in a row,
+    BuildError for adapters that do not work row by row.
     """
     chosen = [(r,) if isinstance(r, str) else tuple(r or ()) for r in rows]
     _known(model, [name for names in chosen for name in names])
+    for names in chosen:
+        _once(names)
     _not_merged(model)
     groups: dict[tuple[str, ...], list[int]] = {}
     for row, names in enumerate(chosen):
         groups.setdefault(names, []).append(row)
     device = next(model.parameters()).device
     indices = {names: torch.tensor(found, device=device) for names, found in groups.items()}
-    touched: list[Adaptable] = []
-    try:
+    with _as_before(model):
         for _, place in adaptables(model):
             there = place.attached()
-            if any(name in there for names in groups for name in names):
-                place.routes = tuple((tuple(n for n in names if n in there), at) for names, at in indices.items())
-                touched.append(place)
+            named = any(name in there for names in groups for name in names)
+            ways = tuple((tuple(n for n in names if n in there), at) for names, at in indices.items())
+            place.active, place.routes = (), ways if named else ()
+        model.adapters_routed = True
+        yield
+
+
+@contextmanager
+def _as_before(model: Any) -> Iterator[None]:
+    """Afterwards everything goes the ways that it went before, less what was removed meanwhile."""
+    was, open_route, names = [(p, p.active, p.routes) for _, p in adaptables(model)], _routed(model), active(model)
+    try:
         yield
     finally:
-        for place in touched:
-            place.routes = ()
+        for place, own, ways in was:
+            place.active, place.routes = tuple(n for n in own if n in place.attached()), ways
+        model.adapters_active, model.adapters_routed = tuple(n for n in names if n in adapters(model)), open_route
 
 
 def remove(model: Any, name: str = "default") -> Any:
     """Takes an adapter off; with the last one gone the model is as it was, frozen. Returns the model."""
     _known(model, [name])
     _not_merged(model)
+    _not_routed(model)
     for other, spec in adapters(model).items():
         if name in spec.needs:
             raise UserError(f"the adapter {other!r} stands on {name!r}", remedy=f"remove {other!r} first")
@@ -120,43 +137,53 @@ def merge(model: Any) -> Any:
 
     Sums are taken in fp32 and rounded once to the weight's dtype; codes of a quantised weight are dequantised first,
     and it stays dense while merged. The weights as they were are kept aside, so that `unmerge` restores their bits.
-    Raises UserError for nothing to merge, BuildError for adapters that are no change of a weight.
+    Raises UserError for nothing to merge and while rows are routed, BuildError for adapters that are no change of a
+    weight; the model is then as it was.
     """
     _not_merged(model)
+    _not_routed(model)
     if not active(model):
         raise UserError("no adapter is active", remedy="adapt the model, or name one with use")
     _all_mergeable(model)
-    kept: dict[str, tuple[Any, Any, Any]] = {}
+    found: list[tuple[str, Any, Tensor, Tensor | None]] = []
     for path, place in adaptables(model):
-        if not place.active:
-            continue
-        stored: Any = getattr(place, "stored", None)
-        bias: Any = getattr(place, "bias", None)
-        base: Any = place.weight if stored is None else stored.dense()
-        weight, new_bias = place.effective(base, bias)
+        if place.active:
+            one: Any = place
+            base = one.weight if getattr(one, "stored", None) is None else one.stored.dense()
+            found.append((path, one, *one.effective(base, getattr(one, "bias", None))))
+    kept: dict[str, tuple[Any, Any, Any]] = {}
+    for path, place, weight, new_bias in found:  # nothing has changed if one of them could not be had
+        stored, bias = getattr(place, "stored", None), getattr(place, "bias", None)
         kept[path] = (place.weight, bias, stored)
-        place.weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+        place.weight = nn.Parameter(weight, requires_grad=False)
         if new_bias is not bias:
-            place.bias = None if new_bias is None else nn.Parameter(new_bias, requires_grad=False)  # type: ignore[assignment]
+            place.bias = None if new_bias is None else nn.Parameter(new_bias, requires_grad=False)
         if stored is not None:
-            place.stored = None  # type: ignore[assignment]
+            place.stored = None
         place.active = ()
     model.merged_over = kept
     return model
 
 
 def unmerge(model: Any) -> Any:
-    """The weights as they were before `merge`, bit for bit, and the adapters active again; in place."""
+    """The weights as they were before `merge`, bit for bit, and the adapters active again; in place.
+
+    They follow the model to another device or dtype that it went to meanwhile.
+    """
     kept = getattr(model, "merged_over", None)
     if kept is None:
         raise UserError("nothing is merged")
     for path, (weight, bias, stored) in kept.items():
         place = model.get_submodule(path)
+        now, here = cast(Any, (place.weight, getattr(place, "bias", None)))
+        for own, merged in ((weight, now), (bias, here)):
+            if own is not None:
+                own.data = own.data.to(merged.device, merged.dtype)
         place.weight = weight
         if hasattr(place, "bias"):
             place.bias = bias
         if stored is not None:
-            place.stored = stored
+            place.stored = stored.to(now.device, now.dtype)
     del model.merged_over
     use(model, *active(model))
     return model
@@ -248,6 +275,22 @@ def _known(model: Any, names: Sequence[str]) -> None:
 def _not_merged(model: Any) -> None:
     if getattr(model, "merged_over", None) is not None:
         raise UserError("adapters are merged into this model", remedy="unmerge it first")
+
+
+def _routed(model: Any) -> bool:
+    """Whether a route is open, be all of it off."""
+    return getattr(model, "adapters_routed", False)
+
+
+def _not_routed(model: Any) -> None:
+    if _routed(model):
+        raise UserError("rows are routed to adapters for now", remedy="do it outside of route")
+
+
+def _once(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"the adapter {name!r} is named twice", remedy="name every adapter once")
 
 
 def _all_mergeable(model: Any) -> None:

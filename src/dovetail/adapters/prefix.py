@@ -236,6 +236,8 @@ class Home(Held):
 class PrefixTable(nn.Module):
     """Keys and values of all layers, weight (length, width); drawn from N(0, 0.02²)."""
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"weight"})
+
     def __init__(self, length: int, width: int, draw: Rng):
         super().__init__()
         self.width = width
@@ -257,6 +259,8 @@ class PrefixTable(nn.Module):
 
 class PrefixNet(nn.Module):
     """Keys and values of all layers from small vectors: W₂ tanh(W₁ e + b₁) + b₂, e (length, ·) from N(0, 1)."""
+
+    undecayed: ClassVar[frozenset[str]] = frozenset({"embedding"})
 
     def __init__(self, length: int, embedding: int, hidden: int, width: int, draw: Rng):
         super().__init__()

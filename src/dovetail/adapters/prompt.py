@@ -92,6 +92,8 @@ class Prompt(VectorSpec):
 class Vectors(Virtual):
     """weight (rows, dim), the first `length` of which are the virtual tokens."""
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"weight"})
+
     def __init__(self, weight: Tensor, length: int):
         super().__init__()
         self.length = length

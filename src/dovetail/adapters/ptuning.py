@@ -97,6 +97,8 @@ class PTuning(VectorSpec):
 class Network(Virtual):
     """Virtual tokens from `embedding` (rows, dim) through an LSTM, if there is one, and maps with relu between."""
 
+    undecayed: ClassVar[frozenset[str]] = frozenset({"embedding"})
+
     def __init__(self, start: Tensor, length: int, lstm: nn.RNNBase | None, widths: tuple[int, ...], draw: Rng):
         super().__init__()
         self.length, self.lstm = length, lstm

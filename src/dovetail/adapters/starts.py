@@ -199,7 +199,7 @@ def put_back(module: LowRank, place: Any) -> None:
         raise BuildError("other adapters stand on the weight that LoftQ quantised", remedy="remove those first")
     stored, original = module.beneath
     if not original.is_meta:
-        original.data = original.data.to(next(stored.buffers()).device)
+        original.data = original.data.to(next(stored.buffers()).device, stored.dtype)
     place.stored, place.weight, module.beneath = None, original, None
 
 

@@ -30,7 +30,8 @@ class Adapter(nn.Module):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) that do alone what these do with this adapter around them; differentiable.
 
-        Raises BuildError where no weight can.
+        The weight comes in fp32 or wider and stays so, as does a bias that is changed: several adapters are rounded
+        once, behind the last. Raises BuildError where no weight can.
         """
         raise BuildError(
             f"{type(self).__name__} is not a change of a weight and cannot be merged into one",
@@ -73,6 +74,12 @@ class Adaptable(nn.Module):
     def adapted(self) -> bool:
         return bool(self.active or self.routes)
 
+    @property
+    def drops(self) -> bool:
+        """Whether what is in use drops entries of its input for now, so that no weight does the same."""
+        held: Any = self._modules[ADAPTERS] if self.active else {}
+        return self.training and any(getattr(held[name], "drop", 0.0) for name in self.active)
+
     def around(self, run: Run, x: Tensor) -> Tensor:
         """run(x) through the active adapters, or row by row through those that it is routed to."""
         if not self.routes:
@@ -94,10 +101,15 @@ class Adaptable(nn.Module):
         return self._by_rows(x, lambda names, rows: product(x[rows], self._merged(names, weight, None)[0]))
 
     def _merged(self, names: tuple[str, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        held: Any = self._modules[ADAPTERS] if names else {}
+        if not names:
+            return weight, bias
+        held: Any = self._modules[ADAPTERS]
+        wide, shift = weight.to(torch.promote_types(weight.dtype, torch.float32)), bias
         for name in names:
-            weight, bias = held[name].merged(weight, bias)
-        return weight, bias
+            wide, shift = held[name].merged(wide, shift)
+        if shift is not None:
+            shift = shift.to(weight.dtype if bias is None else bias.dtype)
+        return wide.to(weight.dtype), shift
 
     def _through(self, names: tuple[str, ...], run: Run, x: Tensor) -> Tensor:
         held: Any = self._modules[ADAPTERS] if names else {}
@@ -110,7 +122,9 @@ class Adaptable(nn.Module):
         rows = torch.cat([rows for _, rows in self.routes])
         if x.shape[0] != rows.shape[0]:
             raise RunError(
-                f"a batch of {x.shape[0]} rows, routed as {rows.shape[0]}", remedy="name one adapter (or None) a row"
+                f"an adapter stands where {x.shape[0]} rows come, and the batch is routed as {rows.shape[0]}",
+                remedy="name one adapter (or None) a row; where all rows share what is adapted, such as the vectors of "
+                "relative positions, run the rows of each adapter apart",
             )
         parts = [part(names, at) for names, at in self.routes]
         return torch.cat(parts)[rows.argsort()]
@@ -140,6 +154,11 @@ class Branch(Adaptable):
         if not self.routes:
             return self._through(self.active, lambda _: y, x)
         return self._by_rows(x, lambda names, rows: self._through(names, lambda _: y[rows], x[rows]))
+
+
+def routed(model: nn.Module) -> bool:
+    """Whether rows of its batch go through different adapters for now: then it has so many rows, in that order."""
+    return any(place.routes for _, place in adaptables(model))
 
 
 def adaptables(model: nn.Module) -> Iterator[tuple[str, Adaptable]]:

@@ -185,7 +185,9 @@ def _expanded(given: Any, depth: int) -> tuple[Any, ...]:
     """One entry a layer from one block, a list with `layers`, or a tuple that is expanded already."""
     if isinstance(given, (Spec, dict, str)):
         return (given,) * depth
-    items = list(given)
+    items = list(given) if isinstance(given, (list, tuple)) else []
+    if not items:
+        raise ValueError(f"blocks is {given!r}; give one, {depth}, or a list of ranges with 'layers'")
     if not any(isinstance(item, dict) and "layers" in item for item in items):
         if len(items) == 1:
             return tuple(items) * depth

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,9 +25,9 @@ class RmsNorm(Spec):
     leaves w out (GAU-alpha, RoFormerV2).
     """
 
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     cast: Literal["before", "after"] = "before"
-    offset: float = 0.0
+    offset: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     affine: bool = True
 
     def build(self, slot: Slot) -> nn.Module:
@@ -65,7 +66,7 @@ class RmsNormModule(nn.Module):
 class LayerNorm(Spec):
     """(x - mean) / std · w + b. bias: False leaves b out; affine: False leaves both out."""
 
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     bias: bool = True
     affine: bool = True
 

@@ -74,7 +74,10 @@ def owners(place: Adaptable, batch: int) -> Tensor:
     """Which of a place's routes each row takes, (B,). Raises RunError for a batch of another size."""
     rows = torch.cat([rows for _, rows in place.routes])
     if rows.shape[0] != batch:
-        raise RunError(f"a batch of {batch} rows, routed as {rows.shape[0]}", remedy="name one adapter (or None) a row")
+        raise RunError(
+            f"an adapter stands where {batch} rows come, and the batch is routed as {rows.shape[0]}",
+            remedy="name one adapter (or None) a row",
+        )
     numbers = torch.cat([torch.full_like(at, i) for i, (_, at) in enumerate(place.routes)])
     return numbers[rows.argsort()]
 

@@ -43,7 +43,7 @@ class Linear(Adaptable, nn.Linear):
 
     stored: Stored | None  # no class attribute: it would hide the submodule
     in_fp8 = False  # whether its products are in 8 bits where gradients are taken: `training.fp8`
-    read_whole = False  # whether its part multiplies by `matrix()` itself
+    read_whole = False  # whether its part multiplies by `matrix()` itself, so that nothing but that is seen
 
     def __init__(
         self,
@@ -57,8 +57,12 @@ class Linear(Adaptable, nn.Linear):
     ):
         super().__init__(dim_in, dim_out, bias=bias)
         self.slot, self.parts, self.stored = slot, tuple(parts or ((role, dim_out),)), None
-        first, width = self.parts[0]
-        self.multiplier = 1.0 if slot.init is None else slot.init.multiplier(first, dim_in, width)
+        self.multiplier = self.scale(dim_in)
+
+    def scale(self, dim_in: int) -> float:
+        """What the init scheme multiplies the outputs of a map of so many inputs by, here."""
+        role, width = self.parts[0]
+        return 1.0 if self.slot.init is None else self.slot.init.multiplier(role, dim_in, width)
 
     def reset_parameters(self) -> None:
         """Nothing: `initialise` draws the start once the model stands."""
@@ -100,6 +104,9 @@ class Linear(Adaptable, nn.Linear):
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Outputs start..stop alone: one map of several that are fused."""
+        if self.drops:
+            y = self.around(self.plain, x)[..., start:stop]
+            return y if self.multiplier == 1.0 else y * self.multiplier
         weight, bias = self.effective(self.dense(), self.bias)
         weight, bias = weight[start:stop], None if bias is None else bias[start:stop]
         if self._multiplies_in_fp8() and len(weight) % fp8.MULTIPLE == 0:

@@ -90,6 +90,11 @@ def beam_search(
             history = torch.cat([history[index], tokens[:, None]], 1)
         steps.reorder(index)
         scores = steps(tokens)
+    if any(not row.finished for row in rows):
+        raise UserError(
+            f"nothing is left to choose for a beam before {sampling.max_new_tokens} new tokens are made",
+            remedy="suppress fewer tokens, give a larger no_repeat_ngram, or fewer max_new_tokens",
+        )
     return [row.finished for row in rows]
 
 

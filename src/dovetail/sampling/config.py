@@ -8,19 +8,21 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dovetail.spec.spec import validate
 
+COLDEST = 1e-30  # scores of up to 1e8, divided by it, are still numbers of fp32
+
 
 class Sampling(BaseModel):
     """One way of decoding. Options that would have no effect beside the others are refused.
 
-    max_new_tokens, min_new_tokens: bounds on what is made for a row; before the lower one no end is chosen.
+    max_new_tokens, min_new_tokens: bounds on what is made for a row; before the lower one no eos is chosen.
     temperature: 0 is greedy (the likeliest token), 1 the model's own distribution. top_k, top_p (Holtzman et al.
     2019), min_p (Nguyen et al. 2024): what is cut off before drawing. repetition_penalty (Keskar et al. 2019):
     divides the score of tokens that the row holds, prompt included. no_repeat_ngram: no n tokens twice in a row.
     suppress: ids that are never chosen. beams: above 1 it is beam search. length_penalty: finished beams are
     ranked by log-probability / length**length_penalty. early_stopping: True ends a row at `beams` finished
     beams, False when the best running one is behind at its present length, "never" when no length could mend it.
-    stop: texts that end a row; eos: ids that end it (the tokenizer's unless given). seed: draws are the same
-    for the same seed and prompt, alone or in a batch; None takes a fresh one.
+    stop: texts that end a row, whenever they come; eos: ids that end it (the tokenizer's unless given). seed: draws
+    are the same for the same seed and prompt, alone or in a batch; None takes a fresh one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
@@ -61,6 +63,11 @@ class Sampling(BaseModel):
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}; raise the latter"
+            )
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(
+                f"temperature={self.temperature} is below {COLDEST}, where scores divided by it overflow; "
+                "set 0 for the likeliest token"
             )
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(f"beams={self.beams} with temperature={self.temperature}: search or draw; set one of them")

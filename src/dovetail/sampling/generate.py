@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import UserError
+from dovetail.parts.adaptable import routed
 from dovetail.sampling.beam import Hypothesis, beam_search
 from dovetail.sampling.captured import compiled
 from dovetail.sampling.config import Sampling
@@ -198,6 +199,11 @@ def _begun(
 
 
 def _search(model: Any, rows: Prompts, sampling: Sampling, eos: tuple[int, ...]) -> list[list[Hypothesis]]:
+    if routed(model):
+        raise UserError(
+            "beams, which change rows, while rows are routed to adapters",
+            remedy="set beams=1, or choose the adapters of all rows (adapters.use) and search once for each choice",
+        )
     with torch.inference_mode():
         steps = ModelSteps(model, rows, sampling.max_new_tokens)
         check_options(sampling, eos, steps.first.shape[-1])

@@ -64,7 +64,9 @@ class Reader:
         mask = None if bool(real.all()) else real.to(device)
         self.forwards += 1
         h = self.forward(tokens, attention_mask=mask, state=self.state, logits=False).last_hidden_state
-        return self.model.head(torch.cat([h[r, width - n :] for r, n in enumerate(wanted) if n])).float()
+        most = max(wanted)
+        scores = self.model.head(h[:, width - most :])  # of whole rows, which adapters on the head may be routed by
+        return torch.cat([scores[r, most - n :] for r, n in enumerate(wanted) if n]).float()
 
     def _back(self, holds: Sequence[int]) -> None:
         """Forgets all but the first `holds` tokens of each row."""

@@ -14,6 +14,7 @@ from dovetail.hub.load import assign
 from dovetail.models import build
 from dovetail.models.decoder import Decoder
 from dovetail.spec.paths import walk
+from dovetail.surgery.plain import check_plain
 from dovetail.surgery.transplant import Move, Transplant
 
 
@@ -44,7 +45,8 @@ def decoder_of(model: Any, what: str) -> Decoder:
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """Every parameter's data by name, shared ones once."""
+    """Every parameter's data by name, shared ones once. Raises SpecError for adapters, and for weights in codes."""
+    check_plain(model)
     return {name: p.data for name, p in model.named_parameters()}
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dovetail.errors import SpecError
 from dovetail.parts.attention.softmax import Attention
+from dovetail.parts.weights import Linear
 from dovetail.surgery.assemble import assembled, decoder_of, no_shared_layers, number, same_device, weights_of
-from dovetail.surgery.maps.base import relative_error
+from dovetail.surgery.maps.base import relative_error, scaled
 from dovetail.surgery.maps.feedforward import READS, chosen, lost_share
 from dovetail.surgery.maps.feedforward import importance as neuron_importance
 from dovetail.surgery.transplant import Move, Transplant
@@ -54,6 +55,7 @@ def prune_heads(model: Any, kv_heads: int, *, importance: Importance = None) -> 
             new[name] = torch.cat([x.unflatten(0, (G, -1))[keep].flatten(0, 1) for x in pieces])
         tensors |= {f"{path}.{n}": t for n, t in new.items()}
         errors = {n: lost_share(old[n], t) for n, t in new.items()}
+        scaled(tensors, f"{path}.out", _ratio(model, f"{path}.out", kv_heads * per * Dv))
         how = f"{kv_heads} of {G} key/value heads are kept, with {per} query heads each"
         moves.append(Move(path, "approximate", how, sum(t.numel() for t in new.values()), errors))
         sizes = {"heads": kv_heads * per, "kv_heads": kv_heads, "head_dim": D}
@@ -86,6 +88,7 @@ def prune_neurons(model: Any, hidden: int, *, importance: Importance = None) -> 
         errors: dict[str, float] = {}
         chosen(own, errors, read, maps, keep)
         tensors |= {f"{path}.{n}": t for n, t in own.items()}
+        scaled(tensors, f"{path}.down", _ratio(model, f"{path}.down", hidden))
         count = sum(own[n].numel() for n in errors)
         moves.append(Move(path, "approximate", f"{hidden} of {H} neurons are kept", count, errors))
         blocks.append(block.replace(feedforward=ff.replace(hidden=hidden)))
@@ -121,6 +124,12 @@ def magnitude_prune(model: Any, sparsity: float | tuple[int, int], *, within: st
     if not moves:
         raise SpecError(f"magnitude_prune: no linear map within {within!r}", remedy="give a module path such as blocks")
     return assembled(model, model.spec, tensors, moves)
+
+
+def _ratio(model: Any, path: str, inputs: int) -> float:
+    """What the weights of the map at `path` are multiplied by, so that it acts as before with only `inputs` inputs."""
+    linear: Linear = model.get_submodule(path)
+    return linear.multiplier / linear.scale(inputs)
 
 
 def _share(weight: Tensor, share: float) -> Tensor:

@@ -20,8 +20,11 @@ def quantise(model: Any, storage: Storage | Mapping[str, Any] | str, *, leave: I
 
     leave: paths (with *) of maps that stay as they are. Returns path -> relative Frobenius error, the bound of what
     a map's output can be off by: ‖(W − Q)x‖ <= error · ‖W‖ · ‖x‖ (Dettmers et al. 2023, section 3).
-    Raises SpecError for a path that meets nothing, CheckpointError for weights that no code can hold.
+    Raises SpecError for a path that meets nothing, and while adapters are merged into the weights; CheckpointError for
+    weights that no code can hold.
     """
+    if getattr(model, "merged_over", None) is not None:  # unmerge would put dense weights beside the codes
+        raise SpecError("adapters are merged into this model", remedy="unmerge, or merge_and_forget them first")
     spec = Spec.parse("storage", dict(storage) if isinstance(storage, Mapping) else storage, where="storage")
     assert isinstance(spec, Storage)
     maps = {

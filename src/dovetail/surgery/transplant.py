@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import SpecError
+from dovetail.hub import mixed
 from dovetail.models import build
 from dovetail.spec import Spec
 from dovetail.spec.registry import entries
 from dovetail.surgery.maps import Exactness, Mapped, Place, find_map, map_entries, whole_maps
+from dovetail.surgery.plain import check_plain, check_same_scales
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
     A parameter is carried when the part that owns it is of the same kind at the same path and has the same shape,
     or when a weight map gives it; otherwise it starts anew from (seed, path). fresh: paths (with *) whose weights
     start anew on purpose. rival: what maps only approximate starts anew too, the trivial rival of the map.
-    Raises SpecError when a fresh path matches nothing, and for a part of which nothing can be carried although
-    fresh does not ask for a random start.
+    Raises SpecError when a fresh path matches nothing, for a part of which nothing can be carried although fresh does
+    not ask for a random start, for a model with adapters or weights in codes, and for another parametrisation (NTK, muP).
     """
+    check_plain(model)
     weight = next(model.parameters())
     grown = build(new, seed=seed, device=weight.device)
+    check_same_scales(model, grown)
     old_parts, new_parts = _parts(model), _parts(grown)
     old, result = {n: p.data for n, p in model.named_parameters()}, Transplant(grown)
     wanted = dict(grown.named_parameters())
@@ -124,6 +128,7 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         dtype = old[name].dtype if name in old else weight.dtype
         if target.dtype != dtype:
             target.data = target.data.to(dtype)
+    mixed.let_run(grown)
     grown.train(model.training)
     if hasattr(model, "origin"):
         grown.origin = copy.copy(model.origin)

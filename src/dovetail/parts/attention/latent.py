@@ -180,10 +180,14 @@ class LatentModule(nn.Module):
         """The key map moved into the query and the value map behind the softmax: one shared head k (B,S,1,rank+rope), of
         which the values are the first part; nothing expanded or copied."""
         H, nope, _, Dv = self.sizes
-        up = self.kv_up.matrix().unflatten(0, (H, nope + Dv)) * self.kv_up.multiplier
+        weight, bias = self.kv_up.effective(self.kv_up.dense(), self.kv_up.bias)
+        up = weight.unflatten(0, (H, nope + Dv)) * self.kv_up.multiplier
         q = torch.cat([torch.einsum("bthd,hdr->bthr", q, up[:, :nope]), q_turned], -1)
         mixed = self._softmax(q, k, k[..., : self.rank], rule, at, ctx)
-        return self.out(torch.einsum("bhtr,hdr->bthd", mixed, up[:, nope:]).flatten(-2))
+        y = torch.einsum("bhtr,hdr->bthd", mixed, up[:, nope:])
+        if bias is not None:  # of an adapter. Its keys add the same to every score; its values' weights sum to one
+            y = y + (bias.unflatten(0, (H, nope + Dv))[:, nope:] * self.kv_up.multiplier).to(y.dtype)
+        return self.out(y.flatten(-2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Mask, at: Coords, ctx: Context) -> Tensor:
         return self.out(self._softmax(q, k, v, rule, at, ctx).transpose(1, 2).flatten(-2))

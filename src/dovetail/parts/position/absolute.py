@@ -14,7 +14,7 @@ from dovetail.parts.position.base import PositionModule, Vectors, check_hooks, c
 from dovetail.parts.weights import Lookup
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import PositionPart
-from dovetail.spec.ranges import Count, Natural
+from dovetail.spec.ranges import Count, Natural, Positive
 
 
 @register(
@@ -84,7 +84,7 @@ class Sinusoidal(Spec):
     axes: position axes; each takes an equal share of the width, in order (DETR: rows, then columns).
     """
 
-    base: float = 10_000.0
+    base: Positive = 10_000.0
     layout: Literal["interleaved", "half"] = "interleaved"
     axes: int = 1
 

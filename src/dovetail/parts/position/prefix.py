@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ def prefix_region(k: Tensor, v: Tensor, q: Tensor, mask: BoundMask | None, score
 
 class PrefixModule(PositionModule):
     """k (P,G·D) and v (P,G·Dv) are a region of their own, before the regions of the position inside."""
+
+    undecayed: ClassVar[frozenset[str]] = frozenset({"k", "v"})
 
     def __init__(self, spec: Prefix, slot: Slot):
         super().__init__()

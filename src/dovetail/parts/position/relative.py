@@ -123,7 +123,8 @@ class DebertaModule(PositionModule):
 
     def score(self, q: Tensor, k: Tensor, at: Coords, ctx: Context, project: Callable[..., Any]) -> Score:
         _, T, H, D = q.shape
-        rows = self.table.weight if self.norm is None else self.norm(self.table.weight)
+        rows = self.table.matrix()
+        rows = rows if self.norm is None else self.norm(rows)
         rows = F.dropout(rows, self.drop) if self.drop and self.training else rows
         reach = self.max_distance  # from which on, either way, the bucket does not change
         if at.in_step and (at.aligned or at.q is at.k):

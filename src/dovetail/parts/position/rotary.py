@@ -18,7 +18,7 @@ from dovetail.parts.position.scaling import RopeScaling
 from dovetail.parts.state import FAR
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import RopeScalingPart
-from dovetail.spec.ranges import Share
+from dovetail.spec.ranges import Positive, Share
 
 
 @register("position", "rope", oracle="transformers llama apply_rotary_pos_emb", source="Su et al. 2021, eq. 15 and 34")
@@ -32,7 +32,7 @@ class Rope(Spec):
 
     adopts: ClassVar[str | None] = "scaling"
     keeps: ClassVar[tuple[str, ...]] = ("theta", "layout", "width", "scaling")
-    theta: float = 10_000.0
+    theta: Positive = 10_000.0
     layout: Literal["half", "interleaved"] = "half"
     width: Share = 1.0
     scaling: RopeScalingPart | None = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dovetail.errors import BuildError
 from dovetail.spec import Spec, register
-from dovetail.spec.ranges import Count, Share
+from dovetail.spec.ranges import Count, Positive, Share
+
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class RopeScaling(Spec):
@@ -19,7 +22,7 @@ class RopeScaling(Spec):
     needs_length: ClassVar[bool] = False
     needs_original: ClassVar[bool] = True
     moves_base: ClassVar[bool] = False  # by factor^(d/(d-2)): there must be more than one frequency
-    factor: float = 1.0
+    factor: Positive = 1.0
     original: Count | None = None
 
     def trained(self, context: int | None) -> int:
@@ -173,11 +176,11 @@ class YarnScaling(RopeScaling):
     truncate: round the ramp's ends to whole dimensions.
     """
 
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    attention_factor: Positive | None = None
+    mscale: NotNegative | None = None
+    mscale_all_dim: NotNegative | None = None
     truncate: bool = True
 
     def frequencies(
@@ -218,9 +221,18 @@ class YarnScaling(RopeScaling):
 class Llama3Scaling(RopeScaling):
     """Waves longer than original/low are divided by `factor`, shorter than original/high kept, a ramp between."""
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: Positive = 8.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+
+    def check(self, context: int | None, dim: int, path: str) -> None:
+        super().check(context, dim, path)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise BuildError(
+                f"llama3's ramp from {self.low_freq_factor} to {self.high_freq_factor}",
+                where=path,
+                remedy="give a high_freq_factor above low_freq_factor",
+            )
 
     def frequencies(
         self, dim: int, theta: float, context: int | None, length: Tensor | None, device: torch.device
@@ -250,9 +262,9 @@ class LongRope(RopeScaling):
     """
 
     needs_length: ClassVar[bool] = True
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    attention_factor: float | None = None
+    short_factor: tuple[Positive, ...]
+    long_factor: tuple[Positive, ...]
+    attention_factor: Positive | None = None
 
     def check(self, context: int | None, dim: int, path: str) -> None:
         super().check(context, dim, path)

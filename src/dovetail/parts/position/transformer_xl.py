@@ -39,6 +39,7 @@ class TransformerXL(Spec):
 class TransformerXLModule(PositionModule):
     hooks: ClassVar[frozenset[str]] = frozenset({"rotate", "score"})
     relative: ClassVar[bool] = True
+    undecayed: ClassVar[frozenset[str]] = frozenset({"u", "v"})
 
     def __init__(self, spec: Spec, slot: Slot):
         super().__init__()

@@ -43,6 +43,7 @@ class XLNet(Spec):
 
 class XLNetModule(TransformerXLModule):
     axes: ClassVar[int] = 2
+    undecayed: ClassVar[frozenset[str]] = frozenset({"u", "v", "s", "e"})
 
     def __init__(self, spec: Spec, slot: Slot):
         super().__init__(spec, slot)

@@ -117,6 +117,13 @@ def relative_error(old: Tensor, new: Tensor) -> float:
     return gap / norm if norm else gap
 
 
+def scaled(tensors: dict[str, Tensor], name: str, by: float) -> None:
+    """Multiplies the map `name`, weight and bias, in place: muP and NTK scale what a map gives by its role and inputs."""
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if by != 1.0 and key in tensors:
+            tensors[key] = tensors[key] * by
+
+
 def fit_bias(tensors: dict[str, Tensor], errors: dict[str, float], name: str, wanted: bool) -> str | None:
     """Gives the map `name` the bias that is wanted: zeros where there was none. What was lost, in words, or None."""
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")

@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.parts.feedforward.glu import Glu
 from dovetail.parts.feedforward.mlp import Mlp
 from dovetail.spec import Spec
-from dovetail.surgery.maps.base import Exactness, Mapped, Place, Rows, fit_bias, weight_map
+from dovetail.surgery.maps.base import Exactness, Mapped, Place, Rows, fit_bias, scaled, weight_map
 
 READS = {"mlp": ("up", 1), "glu": ("gate_up", 2)}  # the map that reads the stream, and how many are fused in it
 
@@ -29,6 +29,7 @@ def resized(old: Any, new: Any, tensors: Mapping[str, Tensor], place: Place) -> 
     H, H2 = old.width(place.dim), new.width(place.dim)
     out, errors = dict(tensors), dict[str, float]()
     said, lost = _to_width(out, errors, read, maps, H, H2)
+    scaled(out, "down", place.old.down.multiplier / place.module.down.multiplier)
     narrower = bool(lost)
     for name in (read, "down"):
         gone = fit_bias(out, errors, name, new.bias)
@@ -51,6 +52,7 @@ def gated(old: Mlp, new: Glu, tensors: Mapping[str, Tensor], place: Place) -> Ma
     H, H2 = old.width(place.dim), new.width(place.dim)
     out, errors = dict(tensors), dict[str, float]()
     said, lost = _to_width(out, errors, "up", 1, H, H2)
+    scaled(out, "down", place.old.down.multiplier / place.module.down.multiplier)
     narrower = bool(lost)
     for name in ("up", "down"):
         gone = fit_bias(out, errors, name, new.bias)
