@@ -142,7 +142,7 @@ def test_extract(run: Run, tiny: Path, tmp_path: Path) -> None:
         (("adapt", "MODEL", "--merge", "x"), "--out"),
         (("adapt", "MODEL", "--merge", "MODEL", "--out", "OUT"), "adapter_config.json"),
         (("adapt", "--list", "--resume"), "--list does not read --resume"),
-        (("adapt", "MODEL", "RECIPE", "--out", "MODEL"), "a model stands in this folder (config.json)"),
+        (("adapt", "MODEL", "RECIPE", "--out", "MODEL"), "would be written over"),
         (("swap", "--extract", "MODEL", "TUNED", "--rank", "2", "--out", "MODEL"), "a model stands in this folder"),
         (("adapt", "MODEL", "RECIPE", "adapter=null", "--out", "OUT"), "has no adapter"),
         (("adapt", "MODEL", "RECIPE", "adapter.rnk=3", "--out", "OUT"), "did you mean 'rank'?"),

@@ -92,6 +92,15 @@ def test_show_tree_plan_and_json(run: Run, tiny: Path) -> None:
     assert data["parameters"] == sum(p.numel() for p in dt.load(tiny).parameters())
 
 
+def test_show_reads_numbers_as_recipes_do(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(
+        "kind: decoder\nvocab: 8\ndim: 8\ndepth: 1\nblocks: {mixer: {kind: attention, position: {kind: rope, theta: 1e6}}}\n"
+    )
+    code, out, err = run("show", file, "--json")
+    assert code == 0 and last(out)["spec"]["blocks"]["mixer"]["position"]["theta"] == 1e6, err
+
+
 def test_generate_is_greedy_and_reproducible(run: Run, tiny: Path) -> None:
     args = ("generate", tiny, "--prompt", "def f", "--max-new-tokens", 8, "--temperature", 0, "--json")
     first, second = run(*args), run(*args)
@@ -141,6 +150,67 @@ def test_generate_from_codes(run: Run, tiny: Path) -> None:
 def test_a_prompt_beyond_the_context_is_refused(run: Run, tiny: Path) -> None:
     code, _, err = run("generate", tiny, "--prompt", "x = 1\n" * 200, "--temperature", 0)
     assert code == 2 and "64" in err
+
+
+def test_generated_text_is_printed_as_it_is(run: Run, tiny: Path) -> None:
+    prompt = "def f(x):\n\treturn :fire: [red]" + " + x" * 40
+    model, tokenizer = dt.load(tiny), dt.load_tokenizer(tiny)
+    short = prompt[:30]
+    texts = dt.generate(model, tokenizer, [short, "class A"], max_new_tokens=20, temperature=0)
+    args = ("generate", tiny, "--temperature", 0, "--max-new-tokens", 20, "--prompt", short)
+    assert run(*args)[1] == short + texts[0] + "\n"
+    assert run(*args, "--prompt", "class A")[1] == f"{short}{texts[0]}\nclass A{texts[1]}\n"
+    wide = ("generate", tiny, "--beams", 2, "--max-new-tokens", 2, "--prompt", "x" * 30 + "\t:fire:")
+    code, out, err = run(*wide)
+    assert code == 0 and out.startswith("x" * 30 + "\t:fire:"), err  # beams are not drawn unless asked to be
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("generate", "TINY", "--prompt", "y", "--top-p", "7"), "top_p"),
+        (("generate", "TINY", "--prompt", "y", "--beams", "2", "--temperature", "1"), "search or draw"),
+        (("generate", "TINY", "--prompt", "\udcff\udcfe"), "not UTF-8"),
+        (("generate", "TINY", "--prompt", "y" * 300), "context"),
+        (("generate", "TINY", "--prompt", "y", "--dtype", "int8"), "int8"),
+        (("generate", "TINY", "--prompt", "y", "--device", "banana"), "no device 'banana' here"),
+        (("eval", "TINY", "--text", "TEXT", "--device", "meta"), "no device 'meta' here"),
+        (("eval", "TINY", "--text", "TEXT", "--device", "cpu:7"), "no device 'cpu:7' here"),
+        (("eval", "TINY", "--text", "TEXT", "--length", "0"), "--length"),
+        (("eval", "TINY", "--text", "TEXT", "--stride", "-1"), "--stride"),
+        (("eval", "TINY", "--text", "TEXT", "--ngram-order", "2"), "does not read --ngram-order"),
+        (("show", "TINY", "--dtype", "float32"), "does not read --dtype"),
+        (("show", "TINY", "--device", "cpu"), "does not read --device"),
+        (("show", "TINY", "--plan", "--device", "tpu"), "'tpu'"),
+        (("show", "TINY", "--plan", "--dtype", "nonsense"), "'nonsense'"),
+        (("show", "TWICE"), "'dim' stands twice"),
+        (("swap", "TINY", "blocks.*.mixer.kv_heads=2", "--out", "TEXT"), "is a file"),
+        (("swap", "TINY", "blocks.*.mixer.kv_heads=2", "--out", "TEXT/below"), "which is a file"),
+        (("swap", "TINY", "blocks.*.mixer.kv_heads=2", "--out", "OUT", "--format", "hg"), "no format 'hg'"),
+        (("swap", "TINY", "--extract", "TINY", "--rank", "2", "--out", "TEXT"), "is a file"),
+        (("swap", "TINY", "--extract", "TINY", "--rank", "2", "--out", "OUT", "--format", "hg"), "no format 'hg'"),
+        (("adapt", "TINY", "--merge", "nowhere", "--out", "TEXT"), "is a file"),
+        (("compare", "recipes/first.yaml", "--out", "TEXT"), "is a file"),
+    ],
+)
+def test_options_are_refused_before_the_work(
+    run: Run, tiny: Path, text: Path, tmp_path: Path, monkeypatch: Any, args: tuple[str, ...], says: str
+) -> None:
+    """Nothing is measured, and nothing printed."""
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("kind: decoder\nvocab: 8\ndim: 8\ndim: 16\n")
+    words = {"TINY": tiny, "TEXT": text, "OUT": tmp_path / "out", "TWICE": twice, "TEXT/below": text / "below"}
+
+    def works(*_: Any, **__: Any) -> None:
+        raise AssertionError("it began")
+
+    for name in ("swap.swap", "compare.compare", "evaluate.evaluate"):
+        monkeypatch.setattr(import_module("dovetail.report." + name.split(".")[0]), name.split(".")[1], works)
+    monkeypatch.setattr("dovetail.adapters.extract", works)
+    monkeypatch.chdir(ROOT)
+    code, out, err = run(*(words.get(a, a) for a in args))
+    assert code == 2 and says in err and out == "", err
+    assert not (tmp_path / "out").exists()
 
 
 def test_eval_gives_nats_and_perplexity(run: Run, tiny: Path, text: Path) -> None:

@@ -32,7 +32,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return call
 
@@ -58,6 +59,14 @@ def test_fit_perplexity_suggest_generate_and_save(run: Run, tmp_path: Path) -> N
     assert code == 0 and "3-grams" in out and "fixed ones were taken" in out
     code, _, err = run("algo", "ngram", tmp_path / "none.txt")
     assert code == 2 and "cannot be read" in err and "Traceback" not in err
+    for idle in (("--generate", -5), ("--generate", 0), ("--seed", 3), ("--prompt", "the"), ("--order", 0)):
+        code, _, err = run("algo", "ngram", tmp_path / "a.txt", *idle)
+        assert code == 2 and idle[0] in err
+    for place, says in ((tmp_path, "is a folder"), (tmp_path / "no/m.arpa", "there is no folder")):
+        code, out, err = run("algo", "ngram", tmp_path / "a.txt", "--arpa", place)
+        assert code == 2 and says in err and not out
+    code, _, err = run("algo", "ngram", tmp_path / "a.txt", "--suggest", "\udcff")
+    assert code == 2 and "not UTF-8" in err
     code, _, err = run("algo", "ngram", tmp_path / "a.txt", "--unit", "wrod")
     assert code == 2 and "did you mean 'word'" in err
 

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.app import app
-from dovetail.cli.inspect import AllowKey, Json, _device, _spec_of
+from dovetail.cli.checks import check_format, check_out, check_resumable, device_named, refuse
+from dovetail.cli.inspect import AllowKey, Json, _spec_of
 from dovetail.errors import CheckpointError, ConfigError, UserError
 
 console = Console()
@@ -53,7 +54,7 @@ def adapt(
         "--merge": ("--out", "--device", "--allow-key"),
         "--list": ("--allow-key",),
     }
-    _refuse(asked[0], [name for name, said in given.items() if said and name not in reads[asked[0]]])
+    refuse(asked[0], [name for name, said in given.items() if said and name not in reads[asked[0]]])
     if as_list:
         _list(path, allow_key or [], as_json)
         return
@@ -62,14 +63,15 @@ def adapt(
     if merge is not None:
         if out is None:
             raise UserError("no folder for the merged model", where="--out", remedy="give --out DIR")
-        data = _merge(path, merge, out, _device(device), allow_key or [])
+        check_out(out, model=path)
+        data = _merge(path, merge, out, device_named(device), allow_key or [])
     else:
         assert recipe is not None
         data = _train(path, recipe, overrides or [], out, resume)
     if as_json:
         print(json.dumps(data))
-    elif merge is not None:
-        console.print(f"merged, and saved to {out}", highlight=False)
+    else:
+        print(f"merged, and saved to {out}" if merge is not None else f"saved to {data['out']}")
 
 
 def _train(path: str, recipe: Path, overrides: list[str], out: Path | None, resume: bool) -> dict[str, Any]:
@@ -93,6 +95,8 @@ def _train(path: str, recipe: Path, overrides: list[str], out: Path | None, resu
             where=f"{recipe}: tokenizer",
             remedy="leave it out: the model has its own (tokenizer=null)",
         )
+    if resume:
+        check_resumable(whole.out)
     return fit(whole, resume=resume).to_dict()
 
 
@@ -183,6 +187,8 @@ def extracted(
     from dovetail.hub import load
     from dovetail.hub.remote import resolve
 
+    check_out(out)
+    check_format(format, ("hf", "peft", "dovetail"))
     check_room(out)
     folder = resolve(base)
     models = [load(f, device=device, allow_keys=allow) for f in (folder, resolve(tuned))]
@@ -219,12 +225,7 @@ def extracted(
             highlight=False,
             markup=False,
         )
-    console.print(f"saved to {out}", highlight=False)
-
-
-def _refuse(mode: str, options: list[str]) -> None:
-    if options:
-        raise UserError(f"{mode} does not read {', '.join(options)}", remedy="leave it out")
+    print(f"saved to {out}")
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dovetail.cli.adapt import _refuse
 from dovetail.cli.algo import algo
+from dovetail.cli.checks import refuse
 from dovetail.cli.inspect import Json
 from dovetail.errors import DataError, UserError
 
@@ -31,7 +31,9 @@ def arrivals(
     duration: Annotated[
         float | None, typer.Option(help="Seconds to draw; of a log, that it is all of [0, duration).")
     ] = None,
-    bins: Annotated[int | None, typer.Option(help="Equal spans to count in (10 arrivals each unless given).")] = None,
+    bins: Annotated[
+        int | None, typer.Option(min=1, help="Equal spans to count in (10 arrivals each unless given).")
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Of the interval of the rate.")] = 0.95,
     rate: Annotated[
         str | None, typer.Option(help="Draw instead: arrivals per second, or from when: 0:5,60:20,120:5.")
@@ -47,7 +49,7 @@ def arrivals(
             )
         _judge(log, field, duration, bins, confidence, as_json)
         return
-    _refuse("--rate", [n for n, v in {"a log": log, "--field": field, "--bins": bins}.items() if v is not None])
+    refuse("--rate", [n for n, v in {"a log": log, "--field": field, "--bins": bins}.items() if v is not None])
     if duration is None:
         raise UserError("a rate without a duration", remedy="add --duration SECONDS")
     from dovetail.stats import PoissonProcess

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dovetail.cli.algo import algo
+from dovetail.cli.checks import check_out
 from dovetail.cli.inspect import Json
 from dovetail.errors import UserError
 
@@ -40,6 +41,8 @@ def geometry(
         raise UserError("--tolerance simplifies lines and polygons; here are only points", remedy="leave it out")
     if draw is not None and draw.suffix.lower() not in (".svg", ".png"):
         raise UserError(f"no picture of the kind {draw.suffix!r}", where="--draw", remedy="name it .svg or .png")
+    if draw is not None:
+        check_out(draw.parent, "--draw")
     measures = [measured(shape, tolerance) for shape in found]
     meets = intersections(found)
     if draw is not None:
@@ -57,7 +60,7 @@ def geometry(
         a, b = meet["of"]
         console.print(f"{a} and {b} share {meet['area']:.6g} in {len(meet['pieces'])} piece(s)", highlight=False)
     if draw is not None:
-        console.print(f"picture: {draw}", highlight=False)
+        print(f"picture: {draw}")
 
 
 def measured(shape: Shape, tolerance: float | None = None) -> dict[str, Any]:

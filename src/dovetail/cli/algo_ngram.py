@@ -7,30 +7,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dovetail.cli.algo import algo
+from dovetail.cli.checks import check_file, check_text
 from dovetail.cli.inspect import Json
 from dovetail.errors import UserError, did_you_mean
-
-console = Console()
 
 
 @algo.command()
 def ngram(
     source: Annotated[Path, typer.Argument(help="A UTF-8 text file of any size to fit on, or an ARPA file (.arpa).")],
-    order: Annotated[int, typer.Option(help="n of the n-grams.")] = 3,
+    order: Annotated[int, typer.Option(min=1, help="n of the n-grams.")] = 3,
     smoothing: Annotated[
         str, typer.Option(help="mle, add-k, good-turing, witten-bell, [modified-]kneser-ney, stupid-backoff.")
     ] = "modified-kneser-ney",
     unit: Annotated[str, typer.Option(help="word (a line is a sentence), character or byte.")] = "word",
     perplexity: Annotated[Path | None, typer.Option("--perplexity", help="A text file to measure.")] = None,
     suggest: Annotated[str | None, typer.Option("--suggest", help="What comes after this text?")] = None,
-    generate: Annotated[int, typer.Option("--generate", help="So many new tokens.")] = 0,
+    generate: Annotated[int | None, typer.Option("--generate", min=1, help="So many new tokens.")] = None,
     prompt: Annotated[str, typer.Option(help="What the new tokens go on with.")] = "",
-    seed: Annotated[int, typer.Option(help="Reproduces a generated text.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Reproduces a generated text (0 unless given).")] = None,
     arpa: Annotated[Path | None, typer.Option("--arpa", help="Save the model here, as an ARPA file.")] = None,
-    memory: Annotated[int, typer.Option(help="MiB that counting may use before it goes to disk.")] = 1024,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that counting may use before it goes to disk.")] = 1024,
     as_json: Json = False,
 ) -> None:
     """N-grams: fit, perplexity, next tokens, new text."""
@@ -39,8 +37,13 @@ def ngram(
 
     if unit not in UNITS:
         raise UserError(f"no unit {unit!r}", where="--unit", remedy=did_you_mean(unit, UNITS))
-    if prompt and not generate:
-        raise UserError("--prompt without --generate has no effect", remedy="give --generate 20")
+    idle = [name for name, given in {"--prompt": bool(prompt), "--seed": seed is not None}.items() if given]
+    if idle and generate is None:
+        raise UserError(f"{' and '.join(idle)} without --generate has no effect", remedy="give --generate 20")
+    if arpa is not None:
+        check_file(arpa, "--arpa")
+    check_text(prompt, "--prompt")
+    check_text(suggest or "", "--suggest")
     if source.suffix == ".arpa":
         model = NGram.load_arpa(source, unit=unit)  # type: ignore[arg-type]
     else:
@@ -59,31 +62,29 @@ def ngram(
         facts["tokens"], facts["oov"] = sum(s.tokens for s in scores), sum(s.oov for s in scores)
     if suggest is not None:
         facts["suggestions"] = model.suggest(["<s>", *_tokens(suggest, tokenise, unit)], 5)
-    if generate:
+    if generate is not None:
         from dovetail.stats.ngram.vocabulary import text_of
 
         given = _tokens(prompt, tokenise, unit)
-        new = model.generate(given, generate, seed=seed)
+        new = model.generate(given, generate, seed=seed or 0)
         facts["text"] = text_of([*given, *new], unit)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
         return
-    sizes = ", ".join(f"{size:,} {n}-grams" for n, size in enumerate(model.sizes, 1))
-    console.print(sizes, highlight=False)
+    print(", ".join(f"{size:,} {n}-grams" for n, size in enumerate(model.sizes, 1)))
     for note in model.notes:
-        console.print(note, highlight=False)
+        print(note)
     if perplexity is not None:
-        console.print(
+        print(
             f"perplexity {facts['perplexity']:.2f} over {facts['tokens']:,} tokens, of which {facts['oov']:,} are "
-            f"unknown; {facts['perplexity_without_oov']:.2f} without them",
-            highlight=False,
+            f"unknown; {facts['perplexity_without_oov']:.2f} without them"
         )
     for token, p in facts.get("suggestions", ()):
-        console.print(f"{p:8.4f}  {token!r}", highlight=False, markup=False)
-    if generate:
-        console.print(facts["text"], highlight=False, markup=False)
+        print(f"{p:8.4f}  {token!r}")
+    if generate is not None:
+        print(facts["text"])
     if arpa is not None:
-        console.print(f"saved to {arpa}", highlight=False)
+        print(f"saved to {arpa}")
 
 
 def _tokens(text: str, tokenise: Any, unit: str) -> list[str]:

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from dovetail.cli.algo import algo
-from dovetail.cli.inspect import Json, _device, _read
+from dovetail.cli.checks import check_file, device_named
+from dovetail.cli.inspect import Json, _read
 from dovetail.errors import UserError
 
 console = Console()
@@ -23,11 +25,11 @@ def words(
     source: Annotated[Path, typer.Argument(help="A UTF-8 text to train on, or vectors: .bin, .vec, .w2v.")],
     method: Annotated[str, typer.Option(help="skipgram, cbow, pmi or glove.")] = "skipgram",
     option: Annotated[list[str] | None, typer.Option("--set", help="name=value of the method: dim=50.")] = None,
-    min_count: Annotated[int, typer.Option(help="Rarer words are dropped.")] = 5,
+    min_count: Annotated[int, typer.Option(min=1, help="Rarer words are dropped.")] = 5,
     nearest: Annotated[list[str] | None, typer.Option(help="A word whose neighbours are shown.")] = None,
     analogy: Annotated[list[str] | None, typer.Option(help="'a b c': a is to b as c is to what?")] = None,
     rule: Annotated[str, typer.Option(help="Of analogies: 3cosadd or 3cosmul.")] = "3cosadd",
-    count: Annotated[int, typer.Option(help="Answers to a question.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Answers to a question.")] = 8,
     questions: Annotated[Path | None, typer.Option(help="Analogies to score, as questions-words.txt.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Word pairs with people's scores.")] = None,
     save: Annotated[Path | None, typer.Option(help="word2vec's format: binary for .bin, else text.")] = None,
@@ -38,6 +40,8 @@ def words(
     """Word vectors: train on a text or load them, then neighbours, analogies, scores."""
     from dovetail.stats import WordVectors
 
+    if save is not None:
+        check_file(save, "--save")
     given = {"--set": option, "--method": method != "skipgram", "--min-count": min_count != 5, "--seed": seed}
     if source.suffix in (".bin", ".vec", ".w2v"):
         idle = [name for name, value in given.items() if value] + (["--device"] if device != "cpu" else [])
@@ -74,6 +78,7 @@ def words(
 def _train(source: Path, method: str, settings: list[str], min_count: int, device: str, seed: int) -> Any:
     import yaml
 
+    from dovetail.spec.documents import Loader
     from dovetail.stats import WordVectors, sentences_of
 
     if not source.is_file():
@@ -83,11 +88,11 @@ def _train(source: Path, method: str, settings: list[str], min_count: int, devic
         name, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"{setting!r} is not name=value", where="--set", remedy="write dim=50")
-        options[name] = yaml.safe_load(value)
+        options[name] = yaml.load(value, Loader)
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(method, total=None)
+        task = bar.add_task(escape(method), total=None)
         return WordVectors.fit(
-            sentences_of(_read(source)), method, min_count=min_count, device=_device(device), seed=seed,
+            sentences_of(_read(source)), method, min_count=min_count, device=device_named(device), seed=seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total), **options,
         )  # fmt: skip
 
@@ -96,7 +101,7 @@ def _show(answers: dict[str, Any]) -> None:
     console.print(f"{answers['words']:,} words, width {answers['dim']}", highlight=False)
     table = Table("asked", "answers", box=None, header_style="bold")
     for question, found in answers["answers"].items():
-        table.add_row(question, "  ".join(f"{word} {score:.2f}" for word, score in found))
+        table.add_row(escape(question), escape("  ".join(f"{word} {score:.2f}" for word, score in found)))
     if answers["answers"]:
         console.print(table, highlight=False)
     if "analogies" in answers:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.app import app
+from dovetail.cli.checks import check_out
 from dovetail.cli.inspect import Json
 from dovetail.errors import RunError, UserError
 
@@ -40,6 +41,8 @@ def bench(
         _list(list(known.values()), as_json)
         return
     asked = chosen(names, known)
+    if out is not None:
+        check_out(out)
     if len(asked) == 1:
         results = [run(asked[0], out)]
     else:

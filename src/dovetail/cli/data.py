@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dovetail.cli.app import app
+from dovetail.cli.checks import check_file
 from dovetail.cli.inspect import Json
 from dovetail.errors import UserError, did_you_mean
 
-console = Console()
 data = typer.Typer(
     name="data",
     help="Training data: filter text by quality, draw scenes, windows and clips.",
@@ -36,7 +35,7 @@ def filter_text(
     out: Annotated[Path, typer.Option("--out", help="Where the kept documents go, in the form of the source.")],
     high: Annotated[float, typer.Option(help="Keep perplexities up to this quantile.")] = 0.5,
     low: Annotated[float, typer.Option(help="Keep perplexities from this quantile.")] = 0.0,
-    order: Annotated[int, typer.Option(help="n of the n-grams.")] = 3,
+    order: Annotated[int, typer.Option(min=1, help="n of the n-grams.")] = 3,
     unit: Annotated[str, typer.Option(help="word, character or byte (character for Chinese).")] = "word",
     field: Annotated[str, typer.Option(help="Where JSON Lines hold the text.")] = "text",
     separator: Annotated[str, typer.Option(help=r"Between documents of a text file; \n is a line end.")] = r"\n\n",
@@ -51,6 +50,7 @@ def filter_text(
         raise UserError(f"no unit {unit!r}", where="--unit", remedy=did_you_mean(unit, UNITS))
     if out.resolve() in (source.resolve(), reference.resolve()):
         raise UserError(f"{out} would be overwritten", where="--out", remedy="give another file")
+    check_file(out, "--out")
     texts, pieces, between = _documents(source, field, separator)
     model = NGram.fit_file(reference, order, unit=unit)  # type: ignore[arg-type]
     found = filter_documents(texts, model, low=low, high=high)
@@ -72,13 +72,12 @@ def filter_text(
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
         return
-    console.print(
+    print(
         f"kept {facts['kept']} of {facts['documents']} documents ({facts['characters_kept']:.1%} of the characters): "
-        f"perplexity {found.bounds[0]:.1f} to {found.bounds[1]:.1f}\nsaved to {out}",
-        highlight=False,
+        f"perplexity {found.bounds[0]:.1f} to {found.bounds[1]:.1f}\nsaved to {out}"
     )
     for note in model.notes:
-        console.print(note, highlight=False)
+        print(note)
 
 
 def _documents(source: Path, field: str, separator: str) -> tuple[list[str], list[str], str]:
@@ -89,7 +88,9 @@ def _documents(source: Path, field: str, separator: str) -> tuple[list[str], lis
         between = separator.replace("\\n", "\n")
         if not between:
             raise UserError("an empty separator", where="--separator", remedy=r"give e.g. '\n\n' or '\n'")
-        texts = [text for text in read_text(source).split(between) if text.strip()]
+        text = read_text(source)
+        between = between if between in text else between.replace("\n", "\r\n")
+        texts = [part for part in text.split(between) if part.strip()]
         return texts, texts, between
     texts, lines = [], []
     for where, row in json_objects(source):

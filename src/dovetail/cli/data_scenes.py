@@ -14,8 +14,6 @@ from dovetail.cli.data import data
 from dovetail.cli.inspect import Json
 from dovetail.errors import UserError, did_you_mean
 
-console = Console()
-
 
 @data.command("scenes")
 def draw_scenes(
@@ -43,4 +41,4 @@ def draw_scenes(
     if as_json:
         print(json.dumps({"out": str(out), "of": of, "rows": count, "size": table.size}))
         return
-    console.print(f"{count:,} {of} of {table.size} pixels a side, saved to {out}", highlight=False)
+    print(f"{count:,} {of} of {table.size} pixels a side, saved to {out}")

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.app import app
+from dovetail.cli.checks import device_named, device_to_plan_for, dtype_to_compute_in, refuse
 from dovetail.errors import UserError
 
 console = Console()
@@ -77,23 +78,23 @@ def show(
     allow_key: AllowKey = None,
 ) -> None:
     """What this is: the tree of a model, its size and its plan. Reads no weights."""
-    import torch
-
     from dovetail.hub.files import dtype_named
     from dovetail.models import build
     from dovetail.training.flops import flops_per_token, parameter_count
 
+    refuse("showing without --plan", [n for n, v in {"--device": device, "--dtype": dtype}.items() if v and not plan])
+    where = device_to_plan_for(device)
+    kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+    computed = dtype_named(kind)
     spec = _spec_of(path, allow_key or [])
     model = build(spec, weights=False)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     length = getattr(spec, "context", None) or 2048
     facts: dict[str, Any] = {
         "parameters": parameter_count(model),
         "context": getattr(spec, "context", None),
         "flops_per_token": flops_per_token(model, length),
     }
-    kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
-    plans = _plans(model.to(dtype_named(kind)), where, length) if plan else None
+    plans = _plans(model.to(computed), where, length) if plan else None
     if as_json:
         data = facts | {"spec": spec.to_dict()}
         if plans is not None:
@@ -104,7 +105,7 @@ def show(
             ]
         print(json.dumps(data, ensure_ascii=False))
         return
-    console.print(str(spec), highlight=False)
+    print(spec)  # as it is: rich would break its lines
     console.print(
         f"\n{facts['parameters']:,} parameters, context {facts['context'] or 'unbounded'}, "
         f"{facts['flops_per_token'] / 1e6:,.1f} MFLOP a token at length {length}"
@@ -121,7 +122,7 @@ def show(
             title_justify="left",
         )
         for span, use, path, why, plain in plans:
-            table.add_row(span, use, f"{path} (reference)" if plain else path, why)
+            table.add_row(*map(escape, (span, use, f"{path} (reference)" if plain else path, why)))
         console.print(table)
 
 
@@ -129,12 +130,14 @@ def show(
 def evaluate(
     path: Annotated[str, typer.Argument(help="Directory of a model, or hub id.")],
     text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file.")],
-    length: Annotated[int | None, typer.Option(help="Window in tokens (the model's context unless given).")] = None,
-    stride: Annotated[int | None, typer.Option(help="Step of the window (half of it unless given).")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Window in tokens (the model's context unless given).")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Step of the window (half of it unless given).")] = None,
     ngram: Annotated[
         Path | None, typer.Option("--ngram", help="A text like it: n-grams fitted on that, as the trivial rival.")
     ] = None,
-    ngram_order: Annotated[int, typer.Option(help="n of --ngram.")] = 3,
+    ngram_order: Annotated[int | None, typer.Option(min=1, help="n of --ngram (3 unless given).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "",
     dtype: Dtype = "",
     as_json: Json = False,
@@ -149,14 +152,17 @@ def evaluate(
         raise UserError(f"no text file {str(text)!r}", where="--text")
     if ngram is not None and not ngram.is_file():
         raise UserError(f"no text file {str(ngram)!r}", where="--ngram")
+    refuse("scoring without --ngram", ["--ngram-order"] if ngram is None and ngram_order is not None else [])
+    on = device_named(device)
+    computed = dtype_to_compute_in(dtype, on)
     folder = resolve(path)
-    model = load(folder, dtype=_dtype(dtype, device), device=_device(device), allow_keys=allow_key or [])
+    model = load(folder, dtype=computed, device=on, allow_keys=allow_key or [])
     tokenizer = load_tokenizer(folder)
     result = score(model, tokenizer, _read(text), length=length, stride=stride)
     if ngram is not None:
         from dovetail.report.ngram_rival import ngram_rival
 
-        found = ngram_rival(tokenizer, _read(ngram), _read(text), ngram_order)
+        found = ngram_rival(tokenizer, _read(ngram), _read(text), ngram_order or 3)
         result |= {f"ngram_{name}": value for name, value in found.items()}
     if as_json:
         print(json.dumps(result))
@@ -182,18 +188,15 @@ def preflight(
 
 
 def _spec_of(path: str, allow: list[str]) -> Any:
-    import yaml
-
     from dovetail.hub.load import read_config
     from dovetail.hub.remote import resolve
     from dovetail.spec import Spec
+    from dovetail.training.recipe import read_yaml
 
     file = Path(path)
     if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
-        try:
-            data = yaml.safe_load(_read(file))
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} is not YAML: {error}") from None
+        _read(file)  # it says what is not UTF-8
+        data = read_yaml(file)
         return Spec.parse("model", data.get("model", data) if isinstance(data, dict) else data, where=str(file))
     return read_config(resolve(path), allow)[0]
 
@@ -216,21 +219,6 @@ def _plans(model: Any, device: str, length: int) -> list[tuple[str, str, str, st
         span = star if total == 1 else f"{star} {layers}"
         out.append((span, use, path, why, plain))
     return out
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("no CUDA device here", where="--device", remedy="use --device cpu")
-    return name
-
-
-def _dtype(name: str, device: str) -> str | None:
-    """What to compute in: fp32 on CPU, where narrow matrix-vector products are slower, else what is stored."""
-    return name or ("float32" if _device(device) == "cpu" else None)
 
 
 def _read(path: Path) -> str:

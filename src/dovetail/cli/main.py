@@ -1,44 +1,53 @@
-"""`dovetail`: one line of help a command, errors for people, exit codes 0, 1 (the run failed) and 2 (the input)."""
+"""`dovetail`: one line of help a command, errors for people, exit codes 0, 1 (the run failed), 2 (the input) and 130
+(interrupted)."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from dovetail.cli.app import app
+from dovetail.cli.failure import Failure, failure_of
+from dovetail.cli.pipes import piped
 from dovetail.errors import DovetailError, UserError
 
 
 def main() -> None:
-    """Entry point: takes --debug and --import FILE anywhere, then runs a command."""
+    """Entry point: takes --debug and --import FILE anywhere, then runs a command. Where that fails and --json was given,
+    the last line says so: {"error": {"what", "where", "remedy"}}."""
     argv, debug, imports = _split(sys.argv[1:])
-    try:
-        for path in imports:
-            import_file(path)
-        from dovetail.cli import adapt, algo, bench, data, data_scenes, inspect, run  # noqa: F401  (they register their commands)
+    failure: Failure | None = None
+    with piped():
+        try:
+            for path in imports:
+                import_file(path)
+            from dovetail.cli import adapt, algo, bench, data, data_scenes, inspect, run  # noqa: F401  (they register their commands)
 
-        app(args=argv, prog_name="dovetail", standalone_mode=True)
-    except DovetailError as error:
-        if debug:
-            raise
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
-    except Exception as error:
-        if debug:
-            raise
-        text = f"{type(error).__name__}: {error}"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]unexpected error:[/] {_plain(text)}\n  what to do: run again with --debug and report it"
-        )
-        sys.exit(1)
+            app(args=argv, prog_name="dovetail", standalone_mode=True)
+        except BaseException as error:
+            if debug and isinstance(error, Exception):
+                raise
+            failure = failure_of(error)
+        with contextlib.suppress(SystemExit):  # nobody reads it
+            if failure is not None:
+                _say(failure, as_json="--json" in argv)
+            sys.stdout.flush()
+    sys.exit(failure.code if failure else 0)
+
+
+def _say(failure: Failure, as_json: bool) -> None:
+    if not failure.said:
+        label = "unexpected error:" if failure.unexpected else "error:"
+        text = Text.assemble((label, "bold red"), " ", str(failure))
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+    if as_json:
+        print(json.dumps(failure.to_dict()))
 
 
 def import_file(path: str) -> None:
@@ -78,7 +87,3 @@ def _split(argv: list[str]) -> tuple[list[str], bool, list[str]]:
         else:
             rest.append(item)
     return rest, debug, imports
-
-
-def _plain(value: Any) -> str:
-    return str(value).replace("[", "\\[")

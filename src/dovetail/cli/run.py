@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dovetail.cli.adapt import _refuse, extracted
+from dovetail.cli.adapt import extracted
 from dovetail.cli.app import app
+from dovetail.cli.checks import (
+    check_format,
+    check_out,
+    check_resumable,
+    check_text,
+    device_named,
+    dtype_to_compute_in,
+    refuse,
+)
 from dovetail.cli.drafting import draft_of
-from dovetail.cli.inspect import AllowKey, Dtype, Json, _device, _dtype, _read
+from dovetail.cli.inspect import AllowKey, Dtype, Json, _read
 from dovetail.errors import UserError
 
 console = Console()
@@ -30,10 +40,13 @@ def train(
 ) -> None:
     """Train a model by a recipe."""
     from dovetail.training import fit
+    from dovetail.training.recipe import Recipe
 
-    result = fit(recipe, overrides or [], resume=resume)
-    if as_json:
-        print(json.dumps(result.to_dict()))
+    whole = Recipe.load(recipe, overrides or [])
+    if resume:
+        check_resumable(whole.out)
+    result = fit(whole, resume=resume)
+    print(json.dumps(result.to_dict()) if as_json else f"saved to {result.out}")
 
 
 @app.command()
@@ -41,7 +54,9 @@ def generate(
     path: Annotated[str, typer.Argument(help="Directory of a model, or hub id.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="The prompt; repeat it for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. 1 unless given, and 0 with --beams, which are not drawn.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     min_p: Annotated[float | None, typer.Option()] = None,
@@ -68,16 +83,12 @@ def generate(
     from dovetail.sampling import Sampling, Speculation, sample, stream
     from dovetail.surgery import quantise
 
-    folder = resolve(path)
-    tokenizer = load_tokenizer(folder)
-    how: dict[str, Any] = {"dtype": _dtype(dtype, device), "device": _device(device), "allow_keys": allow_key or []}
-    model = load(folder, **how)
-    if storage:
-        quantise(model, storage)
-    prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
+    refuse("generating without --draft", ["--draft-tokens"] if draft_tokens is not None and not draft else [])
+    for given in (*prompt, *(stop or ())):
+        check_text(given, "--prompt" if given in prompt else "--stop")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
+        "temperature": (1.0 if beams == 1 else 0.0) if temperature is None else temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
@@ -85,20 +96,29 @@ def generate(
         "beams": beams,
         "stop": tuple(stop or ()),
     } | ({} if seed is None else {"seed": seed})
-    _refuse("generating without --draft", ["--draft-tokens"] if draft_tokens is not None and not draft else [])
+    sampling = Sampling.of(**options)  # which says what contradicts, before anything is loaded
+    on = device_named(device)
+    how: dict[str, Any] = {"dtype": dtype_to_compute_in(dtype, on), "device": on, "allow_keys": allow_key or []}
+    folder = resolve(path)
+    tokenizer = load_tokenizer(folder)
+    prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
+    model = load(folder, **how)
+    if storage:
+        quantise(model, storage)
     guess = draft_of(draft, draft_tokens, model, tokenizer, **how) if draft else None
     if len(prompts) == 1 and beams == 1 and not as_json:  # as it comes
-        console.print(prompt[0], style="dim", end="", markup=False, highlight=False)
         pieces = stream(model, tokenizer, prompts[0], draft=guess, compile=compile, **options)
+        before = _dim(prompt[0])  # shown with the first piece: what is refused is refused first
         while True:
             try:
-                print(next(pieces), end="", flush=True)
+                print(before + next(pieces), end="", flush=True)
+                before = ""
             except StopIteration as end:
-                print()
+                print(before)
                 if guess:
                     aside.print(str(end.value), style="dim", highlight=False)
                 return
-    result = sample(model, tokenizer, prompts, Sampling.of(**options), draft=guess, compile=compile)
+    result = sample(model, tokenizer, prompts, sampling, draft=guess, compile=compile)
     assert result.texts is not None
     drafted = result.speculation or ()
     if as_json:
@@ -108,10 +128,13 @@ def generate(
         print(json.dumps(rows, ensure_ascii=False))
         return
     for p, t in zip(prompt, result.texts, strict=True):
-        console.print(p, style="dim", end="", markup=False, highlight=False)
-        console.print(t, markup=False, highlight=False)
+        print(_dim(p) + t)  # rich would break lines, and change tabs and :words:
     if drafted:
         aside.print(str(Speculation.total(drafted)), style="dim", highlight=False)
+
+
+def _dim(prompt: str) -> str:
+    return typer.style(prompt, dim=True) if sys.stdout.isatty() else prompt
 
 
 @app.command()
@@ -148,17 +171,15 @@ def swap(
 ) -> None:
     """Put other parts into a model, carry the weights over, and report what it cost."""
     if extract:
-        _refuse("--extract", [n for n, v in {"--text": text, "--heal": heal, "--fresh": fresh}.items() if v])
+        refuse("--extract", [n for n, v in {"--text": text, "--heal": heal, "--fresh": fresh}.items() if v])
         if len(changes) != 1:
             raise UserError(f"{len(changes)} models beside the base", remedy="write --extract BASE TUNED")
         extracted(
             path, changes[0], out, rank=rank, energy=energy, targets=targets,
-            format=format, device=_device(device), allow=allow_key or [], as_json=as_json,
+            format=format, device=device_named(device), allow=allow_key or [], as_json=as_json,
         )  # fmt: skip
         return
-    _refuse(
-        "a swap", [n for n, v in {"--rank": rank, "--energy": energy, "--target": targets}.items() if v is not None]
-    )
+    refuse("a swap", [n for n, v in {"--rank": rank, "--energy": energy, "--target": targets}.items() if v is not None])
     from dovetail.errors import CheckpointError, ConfigError
     from dovetail.hub import load, load_tokenizer, save
     from dovetail.hub.remote import resolve
@@ -167,8 +188,11 @@ def swap(
     from dovetail.spec import parse_assignment
     from dovetail.training.recipe import read_yaml
 
+    check_out(out, model=path)
+    check_format(format, ("hf", "dovetail"))
+    on = device_named(device)
     folder = resolve(path)
-    model = load(folder, device=_device(device), allow_keys=allow_key or [])
+    model = load(folder, device=on, allow_keys=allow_key or [])
     texts = None
     tokenizer = None
     if text is not None:
@@ -200,8 +224,8 @@ def swap(
         return
     console.print(report)
     if chosen == "dovetail" and not format:
-        console.print("saved in Dovetail's own layout: the published one cannot say this model")
-    console.print(f"saved to {out}", highlight=False)
+        print("saved in Dovetail's own layout: the published one cannot say this model")
+    print(f"saved to {out}")
 
 
 @app.command()
@@ -209,7 +233,7 @@ def compare(
     recipe: Annotated[Path, typer.Argument(help="A comparison recipe (YAML).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="path=value ...")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where index.html and report.json go.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, of a recipe whose arms train.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time, of a recipe whose arms train.")] = 1,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="Run only this arm, of a recipe with `base` or `at`; may be repeated."),
@@ -221,15 +245,17 @@ def compare(
     from dovetail.report.scaling import is_scaling, scaling
     from dovetail.report.study import is_study, study
 
+    if out is not None:
+        check_out(out)
     result: Any
     if is_study(recipe):
         result = study(recipe, out=out, overrides=overrides or [], only=only or [], jobs=jobs)
     elif is_scaling(recipe):
-        _refuse("a recipe that measures against length", ["--jobs"] if jobs != 1 else [])
+        refuse("a recipe that measures against length", ["--jobs"] if jobs != 1 else [])
         result = scaling(recipe, out=out, overrides=overrides or [], only=only or [])
     else:
         given = {"--jobs": jobs != 1, "--only": bool(only)}
-        _refuse("a recipe whose arms do not train", [name for name, said in given.items() if said])
+        refuse("a recipe whose arms do not train", [name for name, said in given.items() if said])
         result = run(recipe, out=out, overrides=overrides or [])
     if as_json:
         print(json.dumps(result.to_dict()))
