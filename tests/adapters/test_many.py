@@ -189,3 +189,17 @@ def test_a_place_that_all_rows_share_says_so() -> None:
     stir(model)
     with route(model, ["default", None]), pytest.raises(RunError, match=r"512 rows come.*routed as 2(?s:.*)relative"):
         model(X)
+
+
+def test_what_is_merged_inside_off_is_not_applied_twice() -> None:
+    model = adapt(decoder(), Lora(rank=2))
+    stir(model)
+    x = tokens()
+    with torch.no_grad():
+        wanted = model(x).logits
+        with off(model):
+            use(model, "default")
+            merge(model)
+        assert torch.allclose(model(x).logits, wanted, atol=1e-5)
+        unmerge(model)
+        assert torch.equal(model(x).logits, wanted)

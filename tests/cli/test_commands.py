@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -107,6 +108,18 @@ def test_generate_is_greedy_and_reproducible(run: Run, tiny: Path) -> None:
     assert first[0] == 0 and last(first[1]) == last(second[1])
     model, tokenizer = dt.load(tiny), dt.load_tokenizer(tiny)
     assert last(first[1])[0]["text"] == dt.generate(model, tokenizer, "def f", max_new_tokens=8, temperature=0)
+
+
+def test_generate_names_what_it_does_not_apply(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """Of what a checkpoint says of generating."""
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text(
+        '{"no_repeat_ngram_size": 2, "min_length": 0, "eos_token_id": 3}'
+    )
+    args = ("--prompt", "def f", "--max-new-tokens", 2, "--temperature", 0)
+    code, _, err = run("generate", tmp_path / "m", *args)
+    assert code == 0 and "no_repeat_ngram_size" in err and "min_length" not in err
+    assert "not applied" not in run("generate", tiny, *args)[2]
 
 
 def test_generate_with_drafts_says_the_same_and_what_they_were_worth(

@@ -417,3 +417,28 @@ def test_a_folder_that_stays_where_it_is(folder: Path, why: str, monkeypatch: py
     assert folder.stat().st_ino == before and dt.load(folder).spec.dim == 8
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS, "notes.txt"]
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("function", ["_pour", "_saved"])
+def test_a_killed_save_into_the_working_folder_is_ended_by_the_next(
+    folder: Path, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new files are whole by then, and none of them goes before it is in its place."""
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.chdir(folder)
+    child = _stopping(folder, function)
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert dt.load(folder).spec.dim == 16
+    atomic.recover(folder)
+    assert dt.load(folder).spec.dim == 8
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS, "notes.txt"]
+
+
+def test_weights_that_loading_reads_are_a_save_s_whatever_their_name(folder: Path) -> None:
+    for name in ("weights.safetensors", "consolidated.safetensors"):
+        only = folder.parent / name.split(".")[0]
+        dt.save(dt.load(folder), only)
+        (only / WEIGHTS).rename(only / name)
+        dt.save(dt.load(only), folder.parent / "out")
+        dt.load(folder.parent / "out")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dovetail.errors import StoppedError
+from dovetail.errors import RunError, StoppedError
 from dovetail.kernels import twins
 from dovetail.report import study as studies
 from dovetail.report.processes import processes, sigterm_handed_on
@@ -53,6 +53,16 @@ def test_a_score_that_is_no_number_is_a_run_that_diverged(tmp_path: Path, file: 
         found = study(asked(tmp_path), quiet=True)  # which writes a report
         assert found.rows[0].diverged == (0,) and not found.rows[0].metrics
     assert "diverged" in (tmp_path / "out/report.json").read_text()
+
+
+def test_a_run_whose_process_is_killed_says_so(tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> Any:
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(studies, "_run", killed)
+    with pytest.raises(RunError, match="seed 0, was killed") as caught:
+        study(asked(tmp_path), quiet=True)
+    assert "fewer --jobs" in str(caught.value.remedy)
 
 
 def test_a_variant_whose_loss_is_no_number_takes_no_other_with_it(tmp_path: Path) -> None:

@@ -95,3 +95,9 @@ def test_another_parametrisation_is_refused() -> None:
     with pytest.raises(SpecError, match=r"(?s)another init scheme.*leave init as it is"):
         surgery.transplant(model, dt.override(model.spec, {"init": "ntk"}))
     assert gap(model, surgery.transplant(model, dt.override(model.spec, {"init": "he"})).model) == 0.0
+
+
+def test_another_scale_is_fine_for_what_starts_anew() -> None:
+    model = dt.build({"kind": "decoder", "vocab": 32, "dim": 32, "depth": 1, "blocks": {"mixer": "attention"}})
+    grown, _ = dt.swap(model, {"init": "ntk"}, fresh=["*"])
+    assert grown.spec.init.kind == "ntk"

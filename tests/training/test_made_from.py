@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dovetail as dt
 from dovetail.errors import SpecError
 from dovetail.training import fit
+from dovetail.training.resume import weights_hash
 from training.small import recipe
 
 
@@ -72,3 +74,18 @@ def test_an_adapter_goes_on_over_the_same_base(tmp_path: Path) -> None:
     dt.save(model, base, format="dovetail")
     with pytest.raises(SpecError, match="the weights of model changed"):
         fit(data, resume=True, progress=False)
+
+
+def test_what_a_base_is_told_by(tmp_path: Path) -> None:
+    """Its weights, wherever in a large file they change, and its configuration; not what a run writes beside them."""
+    weights = torch.zeros(3_000_000)
+    save_file({"w": weights}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = [weights_hash(str(tmp_path))]
+    (tmp_path / "result.json").write_text("{}")
+    assert weights_hash(str(tmp_path)) == found[0]
+    save_file({"w": weights + 1e-7}, tmp_path / "model.safetensors")
+    found.append(weights_hash(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    found.append(weights_hash(str(tmp_path)))
+    assert len(set(found)) == 3

@@ -29,14 +29,9 @@ class LowRank(Adapter, Drops):
 
     def __init__(self, spec: Any, site: Site):
         super().__init__()
-        if spec.dropout and getattr(site.place, "read_whole", False):
-            raise BuildError(
-                f"{site.path} is read as a matrix: dropout of {spec.dropout:g} would have no input there to drop from",
-                where="dropout",
-                remedy="set dropout to 0, or name targets without it",
-            )
         width, device = self.widths(site.place)
-        self.drop, self.ratio = spec.dropout, spec.lr_ratio
+        # A map that its part reads as a matrix has no input to drop from.
+        self.drop, self.ratio = 0.0 if getattr(site.place, "read_whole", False) else spec.dropout, spec.lr_ratio
         self.segments = [(s.start, s.stop) for s in site.segments]
         self.ranks = [spec.rank_of(s) for s in site.segments]
         self.scales = [spec.scale_of(s) for s in site.segments]

@@ -112,9 +112,11 @@ def _as_before(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for place, own, ways in was:
-            place.active, place.routes = tuple(n for n in own if n in place.attached()), ways
-        model.adapters_active, model.adapters_routed = tuple(n for n in names if n in adapters(model)), open_route
+        if getattr(model, "merged_over", None) is None:  # what was merged inside is in the weights, until unmerged
+            for place, own, ways in was:
+                place.active, place.routes = tuple(n for n in own if n in place.attached()), ways
+            model.adapters_active = tuple(n for n in names if n in adapters(model))
+        model.adapters_routed = open_route
 
 
 def remove(model: Any, name: str = "default") -> Any:

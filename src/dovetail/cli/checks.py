@@ -10,8 +10,8 @@ from dovetail.errors import UserError, did_you_mean
 
 def check_out(out: Path, where: str = "--out", model: str | None = None) -> None:
     """Raises UserError for a folder that could not be written once the work is done, or that holds what is worked on."""
-    target = out.expanduser().resolve()
-    if model is not None and target == Path(model).expanduser().resolve():
+    target = out.resolve()
+    if model is not None and Path(model).exists() and target == Path(model).resolve():
         raise UserError(
             f"{out} is the model itself, which would be replaced", where=where, remedy="give another folder"
         )

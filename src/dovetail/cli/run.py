@@ -103,6 +103,8 @@ def generate(
     tokenizer = load_tokenizer(folder)
     prompts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompt] if chat else prompt
     model = load(folder, **how)
+    if told := model.origin.decoding:
+        aside.print(f"not applied, of what the model says of generating: {', '.join(told)}", style="dim", markup=False)
     if storage:
         quantise(model, storage)
     guess = draft_of(draft, draft_tokens, model, tokenizer, **how) if draft else None

@@ -20,7 +20,9 @@ from safetensors import SafetensorError
 from dovetail.errors import CheckpointError, RunError
 from dovetail.hub import files
 
-_PART, _OLD = ".part", ".old"  # an unfinished save beside its target; a target whose successor stands
+# An unfinished save beside its target; a target whose successor stands; a whole save that is being moved in, file by file.
+_PART, _OLD, _WHOLE = ".part", ".old", ".whole"
+_NAMES = ".names"  # in a whole save: what it held before the moving began
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -133,7 +135,7 @@ def _clear(target: Path) -> None:
 
     A folder that is locked, or cannot be, is left alone.
     """
-    name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}({re.escape(_PART)}|{re.escape(_OLD)})")
+    name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(part|old|whole)")
     within = sorted(target.iterdir()) if target.is_dir() else []
     for path in (*sorted(target.parent.iterdir()), *within):
         if not name.fullmatch(path.name) or path.is_symlink():
@@ -143,6 +145,8 @@ def _clear(target: Path) -> None:
             try:
                 if path.suffix == _PART:
                     shutil.rmtree(path)
+                elif path.suffix == _WHOLE:
+                    _pour(path, target)
                 elif target.exists():
                     _keep(path, target)
                 else:
@@ -153,7 +157,7 @@ def _clear(target: Path) -> None:
 
 def _stays(target: Path) -> bool:
     """Whether a folder cannot give its place to another: a mount, or the one that this process, and its shell, stand in."""
-    return target.exists() and (target.is_mount() or target.samefile(Path.cwd()))
+    return target.exists() and (target.is_mount() or target.samefile("."))  # "." also where that was removed
 
 
 def _replace(scratch: Path, target: Path) -> None:
@@ -201,10 +205,27 @@ def _keep(old: Path, target: Path) -> None:
 
 
 def _fill(scratch: Path, target: Path) -> None:
-    """The same file by file, configs last, so that what a kill leaves has no config that its weights do not follow."""
-    older, configs = _saved(target), {*files.CONFIGS, *files.ADAPTER_CONFIGS}
-    new = sorted(scratch.iterdir(), key=lambda path: path.name in configs)
-    for path in new:
+    """The same file by file. What a kill interrupts is ended by whoever saves or resumes here next (see `_clear`)."""
+    (scratch / _NAMES).write_text("\n".join(path.name for path in scratch.iterdir()), encoding="utf-8")
+    sync(scratch / _NAMES)
+    whole = scratch.with_suffix(_WHOLE)
+    scratch.rename(whole)
+    sync(whole.parent)
+    _pour(whole, target)
+
+
+def _pour(whole: Path, target: Path) -> None:
+    """Moves a whole save into `target`, configs last, and those of the older save go first: what a kill leaves has no
+    config that its weights do not follow. It can be done again from wherever it ended."""
+    configs = {*files.CONFIGS, *files.ADAPTER_CONFIGS, files.INDEX}
+    new = set((whole / _NAMES).read_text(encoding="utf-8").split("\n")) if (whole / _NAMES).exists() else None
+    left = sorted((p for p in whole.iterdir() if p.name != _NAMES), key=lambda path: path.name in configs)
+    if new is not None:
+        here = {path.name for path in left}
+        gone = _saved(target) - new | {name for name in configs & here if (target / name).exists()}
+        for name in sorted(gone, key=lambda name: name not in configs):
+            (target / name).unlink(missing_ok=True)
+    for path in left:
         place = target / path.name
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
@@ -214,8 +235,10 @@ def _fill(scratch: Path, target: Path) -> None:
             if error.errno != errno.EXDEV:
                 raise
             shutil.move(path, place)
-    for name in older - {path.name for path in new}:
-        (target / name).unlink(missing_ok=True)
+            for moved in (place, *place.rglob("*")) if place.is_dir() else (place,):
+                sync(moved)
+    sync(target)
+    shutil.rmtree(whole)
 
 
 def _saved(folder: Path) -> set[str]:
@@ -225,6 +248,9 @@ def _saved(folder: Path) -> set[str]:
     with contextlib.suppress(CheckpointError):
         placed = files.read_json(folder / files.INDEX).get("weight_map")
         own |= {name for name in placed.values() if isinstance(name, str)} if isinstance(placed, dict) else set()
+    if any((folder / name).exists() for name in files.CONFIGS):  # what loading reads as the model's, of whatever name
+        with contextlib.suppress(CheckpointError):
+            own |= set(files.weight_files(folder))
     return {path.name for path in folder.iterdir() if path.name in own or files.rival(path.name)}
 
 

@@ -1,10 +1,11 @@
-"""What a directory says of generating beyond the ids that end a text: kept, and not applied here."""
+"""What a directory says of generating beyond the ids that end a text: kept and told, and not applied here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from dovetail.errors import CheckpointError
 from dovetail.hub import files
 
 FILE = "generation_config.json"
@@ -34,5 +35,10 @@ def unapplied(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     They stand in generation_config.json; older directories have them in config.json.
     """
-    said = files.read_json(folder / FILE) if (folder / FILE).exists() else config
+    said = config
+    if (folder / FILE).exists():
+        try:
+            said = files.read_json(folder / FILE)
+        except CheckpointError:
+            said = {}  # as an empty file, which says nothing
     return {key: said[key] for key, neutral in _NEUTRAL.items() if said.get(key) not in (None, neutral, [])}

@@ -21,7 +21,12 @@ LARGEST = 10**6  # characters or items that a value may have, beside what was pa
 ROUND = 100  # characters that one call, or one round of a loop, counts as
 _WIDTHS = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice", "round", "truncate"}
 _LINES = {"expandtabs": "\t", "indent": "\n", "tojson": "\n"}  # what a width stands beside each of
+_SMALLER = {"length", "count", "first", "last", "attr", "default", "d"}  # give a number, or what is there already
 _LEFT_OUT = ("striptags", "urlize", "xmlattr", "wordwrap")  # of HTML; their time grows with the square of a text
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> Any:
+    raise SecurityError(f"the filter {name!r} is not offered to templates")
 
 
 def weight(value: Any, most: float) -> float:
@@ -80,10 +85,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.left = 100 * self.most  # of all that is made: text that grows message by message is made anew each time
         self.concat = self.joined  # type: ignore[assignment]
         for name in _LEFT_OUT:
-            del self.filters[name]
+            self.filters[name] = functools.partial(_refuse, name)
         del self.globals["lipsum"]
         for name, function in self.filters.items():
-            self.filters[name] = self.bounded(name, function)
+            if name not in _LEFT_OUT:
+                self.filters[name] = self.bounded(name, function)
 
     def spend(self, amount: float) -> None:
         """Counts what is about to be made. Raises SecurityError where it is too much."""
@@ -132,6 +138,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
+            if name in _SMALLER:
+                self.spend(ROUND)
+                return function(*args, **kwargs)
             before, (value, *rest) = args[:first], args[first:]
             value = self.weighed(name, value, rest, kwargs)
             result = function(*before, value, *rest, **kwargs)

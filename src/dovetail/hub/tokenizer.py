@@ -32,16 +32,22 @@ class Tokenizer:
         extra_eos: Sequence[int] = (),
         special: Mapping[str, str] | None = None,
         tool_template: str | None = None,
+        beside: int = 0,
     ):
         self.fast = fast
         named_here = {"bos_token": bos, "eos_token": eos[0] if eos else None, "pad_token": pad}
         self.special = {**(special or {}), **{k: v for k, v in named_here.items() if v is not None}}
         self.bos, self.eos, self.pad, self.template = bos, tuple(eos), pad, template
-        self.tool_template = tool_template
+        self.tool_template, self.beside = tool_template, beside
         self.bos_id = None if bos is None else fast.token_to_id(bos)
         self.pad_id = None if pad is None else fast.token_to_id(pad)
         named = [i for t in eos if (i := fast.token_to_id(t)) is not None]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*named, *extra_eos]))
+
+    @property
+    def stored_size(self) -> int:
+        """`vocab_size` without the tokens at its end that only the files beside tokenizer.json name."""
+        return self.vocab_size - self.beside
 
     @cached_property
     def vocab_size(self) -> int:
@@ -87,7 +93,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         files.read_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
+    before = fast.get_vocab_size()
     complete(fast, config, special, added, folder)
+    beside = fast.get_vocab_size() - before
     first, second = (config, special) if "added_tokens_decoder" in config else (special, config)
     roles = {role: token for role in SPECIAL if (token := named(first.get(role) or second.get(role))) is not None}
     ids: list[int] = []
@@ -108,6 +116,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         extra_eos=ids,
         special=roles,
         tool_template=tool_template,
+        beside=beside,
     )
 
 

@@ -5,6 +5,7 @@ Nearly every checkpoint's tokenizer.json has all its tokens, and then nothing he
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from dovetail.errors import CheckpointError
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take a tokenizer.json as it is
+# Classes that go by the keys of _CASES; others take tokenizer.json as it is. None is a directory of before there were names.
+_CASED = re.compile(
+    r"(Bert|DistilBert|MobileBert|ConvBert|SqueezeBert|RoFormer|Electra|MPNet|Funnel|Lxmert|DPR\w*|LayoutLM\w*)Tokenizer(Fast)?"
+)
 _CASES = {
     "do_lower_case": "lowercase",
     "tokenize_chinese_chars": "handle_chinese_chars",
@@ -38,7 +42,7 @@ def complete(
     """Adds to `fast` what tokenizer_config.json, special_tokens_map.json and added_tokens.json say beside it.
 
     With `added_tokens_decoder` the first alone counts. Raises CheckpointError for tokens that are none, and for one
-    that would not get the id it is said to have.
+    that would not get the id that it has there.
     """
     # A length to cut or fill to is a call's to choose: exports of sentence encoders carry one.
     fast.no_truncation()
@@ -69,7 +73,7 @@ def complete(
     if not new:
         return
     fast.add_tokens(list(new.values()))
-    for content, number in ids.items():
+    for content, number in ids.items() if "added_tokens_decoder" in roles else ():  # added_tokens.json may be stale
         if content not in there and fast.token_to_id(content) != number:
             raise CheckpointError(
                 f"the token {content!r} is said to have id {number}, and tokenizer.json, which lacks it, leaves it "
@@ -120,7 +124,9 @@ def _flags(token: AddedToken) -> tuple[bool, ...]:
 def _set_case(fast: FastTokenizer, config: Mapping[str, Any]) -> None:
     """BERT's own classes go by these keys where tokenizer.json says something else."""
     normalizer = fast.normalizer
-    if not isinstance(normalizer, BertNormalizer) or config.get("tokenizer_class") in _GENERIC:
+    if not isinstance(normalizer, BertNormalizer) or not _CASED.fullmatch(
+        str(config.get("tokenizer_class", "BertTokenizer"))
+    ):
         return
     for key, name in _CASES.items():
         if isinstance(config.get(key), bool) and config[key] != getattr(normalizer, name):

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dovetail.adapters import trainable
 from dovetail.data import Pairs
 from dovetail.data.labelled import nearest_mean
-from dovetail.errors import DivergedError, DovetailError, SpecError, StoppedError
+from dovetail.errors import DivergedError, DovetailError, RunError, SpecError, StoppedError
 from dovetail.hub import load, load_tokenizer
 from dovetail.hub.atomic import recover
 from dovetail.hub.remote import resolve
@@ -118,6 +118,12 @@ def study(
                         if stopped() and isinstance(error, StoppedError | BrokenProcessPool | KeyboardInterrupt):
                             continue  # it saved, or had nothing to save yet
                         pool.shutdown(cancel_futures=True)
+                        if isinstance(error, BrokenProcessPool):
+                            raise RunError(
+                                f"the process of {run[0]}, seed {run[1]}, was killed, as for want of memory",
+                                where=str(places[run]),
+                                remedy="make the batch smaller or take fewer --jobs; run again, what is done is kept",
+                            ) from None
                         raise
                     progress.update(task, advance=1, description="{}, seed {}".format(*run))
             if stopped():
@@ -185,10 +191,18 @@ def _gpus(jobs: int) -> list[str | None]:
 def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | None) -> dict[str, Any]:
     """What one run finds: kept in `folder` under its key. In a process of its own, which then sees `gpu` alone.
 
-    A training that was killed goes on from its last checkpoint, unless its seconds are compared.
+    A training that was killed goes on from its last checkpoint, unless its seconds are compared. Another study at the same
+    run is refused; what it made meanwhile is taken.
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    with alone_in(folder):
+        before = kept(folder / FOUND, key)
+        return _made(asked, arm, seed, key, folder) if before is None else before
+
+
+def _made(asked: Study, arm: Arm, seed: int, key: str, folder: Path) -> dict[str, Any]:
+    """`_run`, where nobody else is at it."""
     recipe = asked.recipe(arm, seed) if asked.trains else None
     begun = folder / "key"
     recover(folder / "run")
@@ -206,7 +220,7 @@ def _run(asked: Study, arm: Arm, seed: int, key: str, folder: Path, gpu: str | N
         found: dict[str, Any] = {"key": key, "trainable": 0, "parameters": size, "device": here, "metrics": {}}
     else:
         paths = twins.plain() if recipe.train.plain else contextlib.nullcontext()  # what is asked then takes fast ones
-        with paths, alone_in(folder / "run"):
+        with paths:
             run = Run(set_up(recipe), folder / "run")
             size = {"key": key, "trainable": sum(p.numel() for p in trainable(run.model).values())}
             size |= {"parameters": parameter_count(run.model), "device": machine(run.device)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import RunError
+from dovetail.parts.adaptable import routed
 from dovetail.parts.state import State
 from dovetail.sampling.decode import begins, prefilled
 
@@ -64,9 +65,11 @@ class Reader:
         mask = None if bool(real.all()) else real.to(device)
         self.forwards += 1
         h = self.forward(tokens, attention_mask=mask, state=self.state, logits=False).last_hidden_state
-        most = max(wanted)
-        scores = self.model.head(h[:, width - most :])  # of whole rows, which adapters on the head may be routed by
-        return torch.cat([scores[r, most - n :] for r, n in enumerate(wanted) if n]).float()
+        if routed(self.model):  # by whole rows, on the head too
+            most = max(wanted)
+            scores = self.model.head(h[:, width - most :])
+            return torch.cat([scores[r, most - n :] for r, n in enumerate(wanted) if n]).float()
+        return self.model.head(torch.cat([h[r, width - n :] for r, n in enumerate(wanted) if n])).float()
 
     def _back(self, holds: Sequence[int]) -> None:
         """Forgets all but the first `holds` tokens of each row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from dovetail.errors import SpecError
@@ -28,12 +29,12 @@ def check_plain(model: Any) -> None:
         )
 
 
-def check_same_scales(model: Any, grown: Any) -> None:
-    """Raises SpecError for an init scheme under which the same weights would give something else (NTK, muP)."""
+def check_same_scales(model: Any, grown: Any, anew: Set[str]) -> None:
+    """Raises SpecError for an init scheme under which weights that are not `anew` would give something else (NTK, muP)."""
     there = {path: m for path, m in model.named_modules() if isinstance(m, Linear)}
     for path, new in grown.named_modules():
         old = there.get(path) if isinstance(new, Linear) else None
-        if old is not None and old.scale(new.in_features) != new.multiplier:
+        if old is not None and f"{path}.weight" not in anew and old.scale(new.in_features) != new.multiplier:
             raise SpecError(
                 f"another init scheme multiplies what {path} gives by {new.multiplier:.4g}, where it was "
                 f"{old.scale(new.in_features):.4g}: the weights would not mean the same",

@@ -66,12 +66,12 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
     check_plain(model)
     weight = next(model.parameters())
     grown = build(new, seed=seed, device=weight.device)
-    check_same_scales(model, grown)
     old_parts, new_parts = _parts(model), _parts(grown)
     old, result = {n: p.data for n, p in model.named_parameters()}, Transplant(grown)
     wanted = dict(grown.named_parameters())
     owners = {name: _owner(name, new_parts) for name in wanted}
     anew = _matching(fresh, wanted)
+    check_same_scales(model, grown, anew)
     settled: set[str] = set()
     lost: dict[str, str] = {}  # of a shape that fits, but a map says that they mean something else now
     used: set[str] = set()

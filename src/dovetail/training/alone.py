@@ -35,7 +35,10 @@ def alone_in(out: Path) -> Iterator[None]:
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(out / LOCK)
+        whole = out.resolve()
+        # Beside the folder, which a save puts another in the place of.
+        place = whole.with_name(f".{whole.name}{LOCK}") if os.access(whole.parent, os.W_OK) else whole / LOCK
+        descriptor = _lock(place)
     except BlockingIOError:
         raise UserError(
             "another run writes into this folder", where=str(out), remedy="wait for it, or choose another out"
@@ -49,8 +52,8 @@ def alone_in(out: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), (out / LOCK).stat()):
-                    (out / LOCK).unlink()
+                if os.path.samestat(os.fstat(descriptor), place.stat()):
+                    place.unlink()
             os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):

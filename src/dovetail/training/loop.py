@@ -102,7 +102,7 @@ def fit(
         stands = [name for name in CONFIGS if (out / name).exists()]
         if stands and not (out / "recipe.yaml").exists():
             raise SpecError(
-                f"a model that no training wrote stands in this folder ({stands[0]})",
+                f"{stands[0]} stands in this folder, which no training wrote, and would be replaced",
                 where=str(out),
                 remedy="choose another out",
             )

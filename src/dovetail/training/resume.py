@@ -8,12 +8,15 @@ from typing import Any
 
 from dovetail.data.tokenizer import fingerprint
 from dovetail.errors import SpecError
+from dovetail.hub import files
 from dovetail.hub.load import NATIVE, read_config
 from dovetail.hub.remote import resolve
 from dovetail.spec import Spec, diff
 from dovetail.training.recipe import Recipe, Train
 from dovetail.training.setup import Parts
 
+_READ = {*files.CONFIGS, *files.ADAPTER_CONFIGS, files.INDEX}
+_PIECES, _PIECE = 256, 2**14  # of a file that is sampled, and their bytes
 _CALLED = {
     "data.train": "the text of data.train",
     "data.held_out": "the text of data.held_out",
@@ -37,12 +40,26 @@ def made_from(parts: Parts) -> dict[str, Any]:
 
 
 def weights_hash(folder: str) -> str:
-    """SHA-256 of the files of weights and configuration of a model's or an adapter's folder, names included."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in resolve(folder).iterdir() if p.suffix in (".safetensors", ".json")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    """SHA-256 of the configuration of a model's or an adapter's folder, and of samples of its weights (see `_sample`)."""
+    root, digest = resolve(folder), hashlib.sha256()
+    for path in sorted(
+        (*root.glob("*"), *root.glob("[0-9]_*/*"))
+    ):  # sentence encoders keep their model a folder deeper
+        if path.suffix == ".safetensors" or path.name in _READ:
+            digest.update(f"{path.relative_to(root).as_posix()} {_sample(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _sample(path: Path) -> str:
+    """SHA-256 of a file's length and of 256 pieces of 16 KB evenly through it, the whole of a smaller one: training changes
+    weights everywhere, and reading all of a large model takes minutes at every start."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    whole = size <= _PIECES * _PIECE
+    with path.open("rb") as file:
+        for piece in range(1 if whole else _PIECES):
+            file.seek(piece * (size - _PIECE) // (_PIECES - 1))
+            digest.update(file.read(size if whole else _PIECE))
+    return f"{size} {digest.hexdigest()}"
 
 
 def fixed(recipe: Recipe) -> dict[str, Any]:

@@ -82,7 +82,19 @@ def set_up(recipe: Recipe) -> Parts:
         return _apart(Parts(recipe, device, tokenizer, model, *labelled))
     train = _token_set(recipe, recipe.data.train, tokenizer)
     held_out = None if recipe.data.held_out is None else _token_set(recipe, recipe.data.held_out, tokenizer)
+    for tokens in (train, held_out):
+        _check_ids(model.spec, tokenizer, tokens)
     return _apart(Parts(recipe, device, tokenizer, model, train, held_out))
+
+
+def _check_ids(spec: Any, tokenizer: hub.Tokenizer, tokens: Any) -> None:
+    """Raises SpecError for ids that the model has no row for; looked for only where the tokenizer has such."""
+    vocab = getattr(spec, "vocab", tokenizer.vocab_size)
+    if tokenizer.vocab_size > vocab and isinstance(tokens, TokenSet) and int(tokens.tokens.max()) >= vocab:
+        raise SpecError(
+            f"the text has the id {int(tokens.tokens.max())}, and the model {vocab} ids",
+            where="model.vocab", remedy="give the tokenizer that the model was trained with",
+        )  # fmt: skip
 
 
 def _apart(parts: Parts) -> Parts:
@@ -231,9 +243,9 @@ def _frozen(role: str, path: str, parts: Parts) -> Any:
 
 
 def check_vocab(spec: Any, tokenizer: hub.Tokenizer) -> None:
-    if getattr(spec, "vocab", tokenizer.vocab_size) < tokenizer.vocab_size:
+    if getattr(spec, "vocab", tokenizer.stored_size) < tokenizer.stored_size:
         raise SpecError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {spec.vocab}",
+            f"the tokenizer has {tokenizer.stored_size} ids and the model {spec.vocab}",
             where="model.vocab",
             remedy="leave vocab out, or train a smaller tokenizer",
         )

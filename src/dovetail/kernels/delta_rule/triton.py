@@ -30,13 +30,14 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32.
 
-    In bf16 and fp16 widths are filled up with zeros, which change nothing, to whole tiles, of values of `LEAST` columns: where
-    a tile of values is narrower than one of keys, or one of keys is not full, what Triton 3.6 makes for an H200 writes
-    beyond its shared memory (memcheck) or mixes up the rows of warps.
+    In bf16 and fp16 widths are filled up with zeros, which change nothing, to whole tiles, of values of `LEAST` columns: for
+    tiles of 16 or 32 columns of values, and for keys that do not fill theirs, Triton 3.6 makes kernels for an H200 that
+    write beyond their shared memory (memcheck) or mix up the rows of warps; for whole ones they are right
+    (tests/kernels/test_widths.py).
     """
     D, Dv = k.shape[3], v.shape[3]
     start = q.new_zeros(*k.shape[:2], D, Dv, dtype=torch.float32) if start is None else start.float()
-    keys, values = padded(D) - D, max(padded(Dv), LEAST) - Dv
+    keys, values = padded(D) - D, -Dv % (LEAST if Dv <= LEAST else 2 * LEAST)
     if q.element_size() < 4 and (keys or values):
         q, k, v = F.pad(q, (0, keys)), F.pad(k, (0, keys)), F.pad(v, (0, values))
         start = F.pad(start, (0, values, 0, keys))
