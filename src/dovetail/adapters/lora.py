@@ -32,8 +32,8 @@ class Lora(AdapterSpec):
 
     B starts at zero, so that the start is the model as it was; `start` says what else they may start with.
     targets: as in adapters.base.sites; every linear map but the head unless given. ranks, alphas: pattern -> value for
-    places that differ. dropout: on the input of A only, where its map is called. lr_ratio: how much faster B learns than A (LoRA+; 16 is the
-    paper's advice).
+    places that differ. dropout: on the input of A only, where its map is called. lr_ratio: how much faster B learns than
+    A (LoRA+; 16 is the paper's advice).
     """
 
     rank: Count = 16
