@@ -84,6 +84,7 @@ KINDS: dict[tuple[str, str], dict[str, Any]] = {
 INCLUDED = (
     "speculative",
     "contrastive",
+    "decode_cpu",
     "decode_gpu",
 )  # files of docs/results whose tables stand in pages that are written by hand
 # Files of docs/results whose tables belong on a part's own page.
