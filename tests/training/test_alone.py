@@ -28,12 +28,14 @@ def test_ranks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_second_run_into_a_folder_is_refused(tmp_path: Path) -> None:
     data, out = recipe(tmp_path, steps=1), tmp_path / "out"
     with alone_in(out), pytest.raises(UserError, match="another run writes into this folder"):
+        assert (tmp_path / ".out.lock").exists()
         fit(data, progress=False)
     assert not out.exists(), "what stayed empty goes"
     fit(data, progress=False)
-    assert not (out / ".lock").exists()
-    (out / ".lock").touch()  # what a kill leaves
-    assert fit(data, resume=True, progress=False).steps == 1
+    left = tmp_path / ".out.lock"
+    assert not left.exists()
+    left.mkdir()  # what a kill leaves
+    assert fit(data, resume=True, progress=False).steps == 1 and not left.exists()
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be written"):
         fit(data, [f"out={tmp_path / 'file'}"], progress=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dovetail.errors import RunError, UserError
+from dovetail.hub.atomic import lock
 
 LOCK = ".lock"
 
@@ -52,8 +52,7 @@ def alone_in(out: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), place.stat()):
-                    place.unlink()
+                place.rmdir()
             os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):
@@ -61,23 +60,18 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file until it is closed; None where the system has no locks.
+    """A descriptor that holds the lock of a folder, which is made, until it is closed; None where the system has no locks.
 
-    Raises BlockingIOError where another holds it, OSError where the file cannot be made.
+    Raises BlockingIOError where another holds it, OSError where the folder cannot be made.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.mkdir(exist_ok=True)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
+            return lock(path)
         except FileNotFoundError:
-            pass
+            continue  # its holder ended, and took the folder away, before the lock came
         except BlockingIOError:
-            os.close(descriptor)
             raise
         except OSError:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
+            path.rmdir()
             return None
-        os.close(descriptor)  # its holder ended, and took the file away, before the lock came
