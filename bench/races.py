@@ -208,8 +208,10 @@ def main(cases: list[str]) -> int:
             if "races._beyond" not in seen:
                 findings["compute-sanitizer"].append(f"does not see a write beyond memory: {seen}")
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                jobs = [pool.submit(sanitized, sanitizer, tool, case, ran[case]) for case in cases for tool in tools]
-                for job in jobs:
+                asked = [(case, tool) for case in cases for tool in tools]
+                jobs = [pool.submit(sanitized, sanitizer, tool, case, ran[case]) for case, tool in asked]
+                for (case, tool), job in zip(asked, jobs, strict=True):
+                    print(f"{tool} {case}: {job.result() or 'clean'}", flush=True)
                     for name, what in job.result().items():
                         findings[name].append(what)
     everything = set().union(*ran.values())
