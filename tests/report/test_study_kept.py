@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dovetail.errors import RunError, StoppedError
+from dovetail.errors import RunError, SpecError, StoppedError
 from dovetail.kernels import twins
 from dovetail.report import study as studies
 from dovetail.report.processes import processes, sigterm_handed_on
@@ -155,6 +155,60 @@ def test_a_sigterm_reaches_the_processes_of_a_pool() -> None:
             assert stopped()
         with pytest.raises(BrokenProcessPool):
             going.result()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_process_that_does_not_end_is_killed(count: int, monkeypatch: Any, capfd: Any) -> None:
+    """The second of two ends, which breaks the pool: its work is done then, and the first still there."""
+    monkeypatch.setattr("dovetail.report.processes.GRACE", 0.3)
+    with processes(count) as pool, sigterm_handed_on() as stopped:
+        going = [pool.submit(time.sleep, 60) for _ in range(count)]
+        deaf = min(active_children(), key=lambda child: child.pid or 0)
+        os.kill(deaf.pid or 0, signal.SIGSTOP)  # it gets no signal now but SIGKILL
+        late = threading.Timer(4, deaf.kill)
+        late.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while wait(going, timeout=0.05).not_done:
+            assert stopped()
+    late.cancel()
+    assert late.finished.wait(0) and deaf.exitcode == -signal.SIGKILL and not active_children()
+    assert f"process {deaf.pid} had not ended 0.3 s after" in capfd.readouterr().err
+
+
+def test_a_sigterm_is_handed_on_after_an_error_of_one_run(tmp_path: Path, monkeypatch: Any) -> None:
+    begun, handed = threading.Event(), threading.Event()
+
+    @contextmanager
+    def handed_on() -> Any:
+        with sigterm_handed_on() as come:
+            yield lambda: come() and (handed.set() or True)
+
+    def run(asked: Study, arm: Any, *_: Any) -> Any:
+        if arm.name == "attention":
+            assert begun.wait(3)
+            raise SpecError("it does not fit")
+        begun.set()
+        time.sleep(0.2)  # the study hears of the other
+        os.kill(os.getpid(), signal.SIGTERM)
+        handed.wait(3)
+        raise RuntimeError("the compiler ended")
+
+    monkeypatch.setattr(studies, "processes", lambda jobs: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(studies, "sigterm_handed_on", handed_on)
+    monkeypatch.setattr(studies, "_run", run)
+    with pytest.raises(SpecError, match="does not fit"):
+        study(asked(tmp_path, arms=2), jobs=2, quiet=True)
+    assert handed.is_set()
+
+
+def test_a_run_that_falls_over_the_signal_to_stop_was_stopped(tmp_path: Path, here: None, monkeypatch: Any) -> None:
+    def run(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("the compiler ended")  # whose processes got the signal too
+
+    monkeypatch.setattr(studies, "_run", run)
+    with pytest.raises(StoppedError, match="0 of 1 runs done"):
+        study(asked(tmp_path), quiet=True)
 
 
 @pytest.mark.slow

@@ -62,12 +62,12 @@ def study(
 
     What a run found stays under out/runs and is not run again while its recipe, the weights that it begins with, its
     texts and the questions are the same: an interrupted study goes on where it stood, its trainings where a SIGTERM
-    found them (they are told, and save). A training that diverges, or whose scores are no numbers, is reported as that,
-    and no order is claimed of its arm. only: names of the arms that are run, all unless given; those are reported, and
-    with them every arm whose runs are kept. jobs: runs at a time, each in a process of its own, spread over the GPUs that
-    are visible (rates are then not comparable, and left out, as they are where kept runs are of several machines).
-    Raises SpecError for a recipe that does not fit or has no such arm, StoppedError after a SIGTERM, and whatever a run
-    raises.
+    found them (they are told, and save; one that has not ended half a minute later is killed). A training that
+    diverges, or whose scores are no numbers, is reported as that, and no order is claimed of its arm. only: names of
+    the arms that are run, all unless given; those are reported, and with them every arm whose runs are kept. jobs:
+    runs at a time, each in a process of its own, spread over the GPUs that are visible (rates are then not
+    comparable, and left out, as they are where kept runs are of several machines). Raises SpecError for a recipe that
+    does not fit or has no such arm, StoppedError after a SIGTERM, and whatever a run raises.
     """
     whole = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
     target = Path(out or whole.out)
@@ -102,6 +102,7 @@ def study(
             waiting = [(arm, seed) for arm, seed in reversed(runs) if (arm.name, seed) not in found]
             free = _gpus(jobs)
             going: dict[Future[dict[str, Any]], tuple[tuple[str, int], str | None]] = {}
+            wrong: BaseException | None = None
             while waiting or going:
                 if stopped():
                     waiting.clear()
@@ -114,18 +115,21 @@ def study(
                     free.append(gpu)
                     try:
                         found[run] = _judged(future.result())
-                    except (DovetailError, BrokenProcessPool, KeyboardInterrupt) as error:
-                        if stopped() and isinstance(error, StoppedError | BrokenProcessPool | KeyboardInterrupt):
-                            continue  # it saved, or had nothing to save yet
-                        pool.shutdown(cancel_futures=True)
+                    except (Exception, KeyboardInterrupt) as error:
+                        waiting.clear()  # those that are going are waited for here, where a SIGTERM is handed on
+                        if stopped() and (isinstance(error, StoppedError) or not isinstance(error, DovetailError)):
+                            continue  # it saved, had nothing to save yet, or fell over its compiler, which was told too
                         if isinstance(error, BrokenProcessPool):
-                            raise RunError(
+                            error = RunError(
                                 f"the process of {run[0]}, seed {run[1]}, was killed, as for want of memory",
                                 where=str(places[run]),
                                 remedy="make the batch smaller or take fewer --jobs; run again, what is done is kept",
-                            ) from None
-                        raise
+                            )
+                        wrong = wrong or error
+                        continue
                     progress.update(task, advance=1, description="{}, seed {}".format(*run))
+            if wrong is not None:
+                raise wrong
             if stopped():
                 raise StoppedError(
                     f"told to stop with {len(found)} of {len(runs)} runs done",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -213,7 +213,8 @@ class Run:
             if self.parts.held_out is not None and (missed or self.step == t.steps):
                 held_out = self._score(log, bar)
                 rate.restart()
-            with sigterm_awaited() as told:
+            with ExitStack() as awaited:
+                told: Callable[[], bool] | None = None
                 while self.step < t.steps:
                     due = {
                         name: _due(self.step + 1, getattr(t, f"{name}_every"), t.steps)
@@ -221,6 +222,8 @@ class Run:
                     }
                     loss, norm, tokens = self.one_step()
                     self.step += 1
+                    if told is None:  # the first step compiles, for minutes if it must, and has nothing to save before
+                        told = awaited.enter_context(sigterm_awaited())
                     self.tokens += tokens
                     rate.add(tokens)
                     pending.append((self.step, loss, norm))

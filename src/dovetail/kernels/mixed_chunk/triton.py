@@ -185,10 +185,12 @@ class _Call:
     ) -> None:
         """out_i = Σ_{j near i} relu(f a_i·b_j)² c_j + la_i state."""
         tiles, common = self._common("reads", a)
+        columns = min(tiles.columns, padded(self.E))
         with torch.cuda.device_of(a):
-            kernels.reads[(self.B * self.N * ceil_div(self.span, tiles.rows) * ceil_div(self.E, tiles.columns),)](
+            kernels.reads[(self.B * self.N * ceil_div(self.span, tiles.rows) * ceil_div(self.E, columns),)](
                 a, b, c, la, lb, states, out, *self.places, self.edges[reverse],
-                *_strides(a, b, c, la, lb, out), *self._sizes(), DEPTH=min(DEPTH, common["WIDE"]), REVERSE=reverse, **common,
+                *_strides(a, b, c, la, lb, out), *self._sizes(), COLUMNS=columns, DEPTH=min(DEPTH, common["WIDE"]),
+                REVERSE=reverse, **common,
             )  # fmt: skip
 
     def slopes(
@@ -197,10 +199,11 @@ class _Call:
     ) -> None:  # fmt: skip
         """The gradients of a and la in `reads`, of whose output `up` is the gradient."""
         tiles, common = self._common("slopes", a)
+        columns = min(tiles.columns, padded(self.E))
         with torch.cuda.device_of(a):
             kernels.slopes[(self.B * self.N * ceil_div(self.span, tiles.rows),)](
                 a, b, lb, up, c, states, da, dla, *self.places, self.edges[reverse],
-                *_strides(a, b, lb, up, c, da, dla), *self._sizes(), REVERSE=reverse, **common,
+                *_strides(a, b, lb, up, c, da, dla), *self._sizes(), COLUMNS=columns, REVERSE=reverse, **common,
             )  # fmt: skip
 
     def _sizes(self) -> tuple[int, int, int, int, float, float]:
@@ -216,16 +219,11 @@ class _Call:
         if not roomy(a.device):
             rows, keys, columns = (max(16, n // 2) for n in tiles[:3])
             tiles = Tiles(rows, keys, columns, tiles.warps, 1)
-        columns = min(tiles.columns, padded(self.E))
-        tiles = tiles._replace(rows=min(tiles.rows, longest), keys=min(tiles.keys, longest), columns=columns)
-        # Two groups of four warps share the columns of 64 rows. Triton 3.6 reads beyond shared memory where they are few:
-        # `slopes` of 32 (memcheck, on an H200), and of 16, of which each group would have 8 (triton-lang/triton#10629).
-        if tiles.rows <= 64 and (wide if kernel == "slopes" else columns) <= 64:
-            tiles = tiles._replace(warps=4)
+        tiles = tiles._replace(rows=min(tiles.rows, longest), keys=min(tiles.keys, longest))
         even = self.T % self.span == self.span % tiles.rows == self.span % tiles.keys == 0
         return tiles, {
             "D": a.shape[2], "E": self.E, "WIDE": wide, "ROWS": tiles.rows, "KEYS": tiles.keys,
-            "COLUMNS": columns, "CAUSAL": self.causal, "RAGGED": self.places[0] is not None, "EVEN": even, "PRECISION": PRECISION,
+            "CAUSAL": self.causal, "RAGGED": self.places[0] is not None, "EVEN": even, "PRECISION": PRECISION,
             "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
