@@ -46,7 +46,7 @@ def test_what_is_off_is_not_what_is_left_out(tmp_path: Path, checkpoint: Path) -
     assert len(set(keys)) == len(keys)
 
 
-def test_a_default_may_be_written_out(tmp_path: Path, checkpoint: Path) -> None:
+def test_a_default_may_be_written_out_and_checkpoints_kept(tmp_path: Path, checkpoint: Path) -> None:
     of = base(tmp_path, checkpoint)
     out = {
         "model__blocks__mixer__normalise": True,
@@ -54,6 +54,7 @@ def test_a_default_may_be_written_out(tmp_path: Path, checkpoint: Path) -> None:
         "train__graph": False,
         "adapter": None,
         "objective": {"kind": "next_token"},
+        "train__keep": 1,  # not the default, but of no matter
     }
     assert {key_of(of, **{path: value}) for path, value in out.items()} == {key_of(of)}
 

@@ -44,6 +44,8 @@ def key(asked: Study, arm: Arm, seed: int) -> str:
     if recipe is not None and isinstance(recipe.tokenizer, str):
         read.append(Path(recipe.tokenizer))
     did = [model_of(asked, arm), seed] if recipe is None else said(recipe) | {"model": _model(recipe, arm)}
+    if isinstance(did, dict):
+        did.get("train", {}).pop("keep", None)  # how many checkpoints stay says nothing of the last one
     told = [did, said(ask), said(arm.variants), texts, [_files(f) for f in read], versions()]
     told += [] if asked.clock is None else ["clock", machine(choose(recipe.train.device if recipe else "auto"))]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
