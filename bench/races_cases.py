@@ -49,12 +49,14 @@ def differentiated(outs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
     return [*outs, *torch.autograd.grad(outs, leaves, up, allow_unused=True, materialize_grads=True)]
 
 
-def attention(dtype: torch.dtype, rule: Mask, score: str = "", packed: bool = False, D: int = 64, T: int = 300) -> Run:
+def attention(
+    dtype: torch.dtype, rule: Mask, score: str = "", packed: bool = False, D: int = 64, E: int = 64, T: int = 300
+) -> Run:
     from dovetail.kernels.attention import triton
 
     torch.manual_seed(0)
     T //= SHORT
-    q, k, v = heads(T, 4, D, dtype), heads(T, 2, D, dtype), heads(T, 2, D, dtype)
+    q, k, v = heads(T, 4, D, dtype), heads(T, 2, D, dtype), heads(T, 2, E, dtype)
     learned = torch.randn(4, 33, device=DEVICE).requires_grad_()
     scores = {
         "": None,
@@ -115,27 +117,29 @@ def few_queries(dtype: torch.dtype, filled: int | None = None) -> Run:
     return run
 
 
-def linear(dtype: torch.dtype, packed: bool, least: float | None = None, gated: bool = False) -> Run:
+def linear(
+    dtype: torch.dtype, packed: bool, least: float | None = None, gated: bool = False, D: int = 64, E: int = 64
+) -> Run:
     torch.manual_seed(0)
     T = 700 // SHORT if packed else 300
-    q, k, v = heads(T, 4, 64, dtype), heads(T, 2, 64, dtype), heads(T, 2, 64, dtype)
+    q, k, v = heads(T, 4, D, dtype), heads(T, 2, D, dtype), heads(T, 2, E, dtype)
     if least is not None:
         q, k = (t.detach().abs().requires_grad_() for t in (q, k))
-    start = torch.zeros(2, 2, 64, 64 + (least is not None), device=DEVICE).requires_grad_()
+    start = torch.zeros(2, 2, D, E + (least is not None), device=DEVICE).requires_grad_()
     decay = -0.1 * torch.rand(1, 2, T, device=DEVICE) if gated else None
     n = torch.arange(T, device=DEVICE)
     rows = Rows.of((n // (T // 3) - (n % 70 == 69).long() * 9).expand(2, -1) if packed else None)
     return lambda: differentiated(list(linear_operator.causal(q, k, v, decay, rows, start, least)), [q, k, v, start])
 
 
-def gated(dtype: torch.dtype) -> Run:
+def gated(dtype: torch.dtype, D: int = 128, E: int = 128) -> Run:
     from dovetail.kernels.gated_linear import triton
 
     torch.manual_seed(0)
     T = 300 // SHORT
-    q, k, v = (heads(T, 2, 128, dtype) for _ in range(3))
-    decay = F.logsigmoid(torch.randn(2, 2, T, 128, device=DEVICE)).requires_grad_()
-    start = torch.randn(2, 2, 128, 128, device=DEVICE).requires_grad_()
+    q, k, v = (heads(T, 2, d, dtype) for d in (D, D, E))
+    decay = F.logsigmoid(torch.randn(2, 2, T, D, device=DEVICE)).requires_grad_()
+    start = torch.randn(2, 2, D, E, device=DEVICE).requires_grad_()
     reset = torch.rand(2, T, device=DEVICE) < 0.02
     leaves = [q, k, v, decay, start]
     return lambda: differentiated(list(triton.gated_linear(q, k, v, decay, start, reset, 0.1)), leaves)
@@ -157,15 +161,15 @@ def gate(dtype: torch.dtype, width: int) -> Run:
     return lambda: [t for a in ACTIVATIONS for t in differentiated([operator.gated(wide[:, : 2 * width], a)], [wide])]
 
 
-def delta(dtype: torch.dtype, decays: bool) -> Run:
+def delta(dtype: torch.dtype, decays: bool, D: int = 64, E: int = 64) -> Run:
     from dovetail.kernels.delta_rule import triton
 
     torch.manual_seed(0)
     T = 200 // SHORT
-    q, v = heads(T, 2, 64, dtype), heads(T, 2, 64, dtype)
-    k = F.normalize(heads(T, 2, 64, FP32).detach(), dim=-1).to(dtype).requires_grad_()
+    q, v = heads(T, 2, D, dtype), heads(T, 2, E, dtype)
+    k = F.normalize(heads(T, 2, D, FP32).detach(), dim=-1).to(dtype).requires_grad_()
     beta, decay = (torch.rand(2, 2, T, device=DEVICE).mul(s).requires_grad_() for s in (1.0, -1.0))
-    start = torch.randn(2, 2, 64, 64, device=DEVICE).requires_grad_()
+    start = torch.randn(2, 2, D, E, device=DEVICE).requires_grad_()
     reset = torch.rand(2, T, device=DEVICE) < 0.02
     leaves = [q, k, v, beta, start, *([decay] if decays else [])]
     return lambda: differentiated(
@@ -173,16 +177,16 @@ def delta(dtype: torch.dtype, decays: bool) -> Run:
     )
 
 
-def mixed(dtype: torch.dtype, packed: bool, causal: bool) -> Run:
+def mixed(dtype: torch.dtype, packed: bool, causal: bool, D: int = 64, E: int = 128, chunk: int = 256) -> Run:
     from dovetail.kernels.mixed_chunk import triton
 
     torch.manual_seed(0)
     T = 600 // SHORT
     ctx = context(T, packed)
-    views = [torch.randn(2, T, 64, device=DEVICE).to(dtype).requires_grad_() for _ in range(4)]
-    v = torch.randn(2, T, 128, device=DEVICE).to(dtype).requires_grad_()
+    views = [torch.randn(2, T, D, device=DEVICE).to(dtype).requires_grad_() for _ in range(4)]
+    v = torch.randn(2, T, E, device=DEVICE).to(dtype).requires_grad_()
     where = (ctx.order, ctx.segments, ctx.aligned, dtype)
-    return lambda: differentiated([triton.mixed_chunk(Heads(*views), v, 256, causal, 0.1, *where)], [*views, v])
+    return lambda: differentiated([triton.mixed_chunk(Heads(*views), v, chunk, causal, 0.1, *where)], [*views, v])
 
 
 def scan(packed: bool) -> Run:
@@ -351,4 +355,15 @@ CASES: dict[str, Callable[[], Run]] = {
     "adamw": lambda: adamw(NARROW, True),
     "adamw fp32": lambda: adamw(FP32, False),
     "codes": lambda: codes(NARROW),
+}
+
+# By widths of keys and of values.
+WIDTHS: dict[str, Callable[[int, int], Run]] = {
+    "attention window": lambda D, E: attention(NARROW, Causal() & Window(size=100), D=D, E=E),
+    "linear gated": lambda D, E: linear(NARROW, False, gated=True, D=D, E=E),
+    "gated linear": lambda D, E: gated(NARROW, D=D, E=E),
+    "delta rule gated": lambda D, E: delta(NARROW, True, D=D, E=E),
+    "mixed chunks": lambda D, E: mixed(NARROW, False, True, D=D, E=E),
+    "mixed chunks of 64": lambda D, E: mixed(NARROW, False, True, D=D, E=E, chunk=64),
+    "mixed chunks packed": lambda D, E: mixed(NARROW, True, True, D=D, E=E),
 }

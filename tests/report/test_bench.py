@@ -201,7 +201,7 @@ def test_every_script_of_the_folder_is_a_benchmark_or_a_known_tool() -> None:
     known = bench.benchmarks()
     tools = {file.stem for file in bench.FOLDER.glob("*.py")} - set(known)
     sweeps = {"adapter_sweep", "attention_sweep", "decode_attention_sweep"}
-    assert tools == sweeps | {"common", "tuning", "bundle", "compiles", "races", "races_cases"}
+    assert tools == sweeps | {"common", "tuning", "bundle", "compiles", "descriptors", "races", "races_cases"}
     assert all(b.about.endswith(".") and b.minutes > 0 for b in known.values())
 
 
