@@ -117,11 +117,13 @@ def sums(  # type: ignore[no-untyped-def]
         for head in range(FAN):
             b_tile = tokens(b + tl.cast(head, tl.int64) * b_h, b_t, first, T, x, D, D == WIDE, TILE, EVEN)
             c_tile = tokens(c + tl.cast(head, tl.int64) * c_h, c_t, first, T, y, E, E % COLUMNS == 0, TILE, EVEN)
-            if GATED:
-                b_tile = (b_tile * leave[:, None]).to(b_tile.dtype)
+            if GATED:  # not b: Triton 3.6 does not wait for all of a factor in registers (triton-lang/triton#9433)
+                c_tile = (c_tile * leave[:, None]).to(c_tile.dtype)
             state = tl.dot(tl.trans(b_tile), c_tile, acc=state, input_precision=PRECISION)
             if COLUMN:
                 wide = b_tile.to(tl.float32)
+                if GATED:
+                    wide *= leave[:, None]
                 if REVERSE:
                     t = first + tl.arange(0, TILE)
                     of = weight + (batch * heads + group * FAN + head) * T + t
