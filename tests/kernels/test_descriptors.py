@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+BENCH = Path(__file__).parents[2] / "bench"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # As ptxas 12.9 and 12.8 make it, shortened: a product with a factor in registers, the other in shared memory, in a loop.
 BEGIN = """
@@ -38,7 +43,7 @@ ELSEWHERE = "    /*00a0*/                   IMAD.MOV.U32 R32, RZ, RZ, R2 ;\n"
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module("descriptors")
 
 
@@ -82,3 +87,20 @@ def test_a_wait_for_all_but_the_last_group(tool: Any) -> None:
     of_the_first = "    /*00a0*/                   IMAD.MOV.U32 R24, RZ, RZ, R2 ;\n"
     assert [w.at for w in tool.reused(tool.lines(BEGIN + RIGHT + once + more + wait + of_the_last + END))] == [0xA0]
     assert tool.reused(tool.lines(BEGIN + RIGHT + once + more + wait + of_the_first + END)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="Triton without NVIDIA's tools")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--widths", "24", "200", "attention window", "linear gated", "gated linear", "delta rule gated"],
+        ["--widths", "32", "128", "mixed chunks", "mixed chunks of 64", "mixed chunks packed"],
+        ["attention table", "attention two forms", "contrastive softmax", "softmax", "scan", "legs", "codes"],
+    ],
+)
+def test_kernels_compile_for_hopper_and_their_machine_code_is_right(asked: list[str]) -> None:
+    ran = subprocess.run([sys.executable, str(BENCH / "compiles.py"), *asked], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+    assert "WRONG" not in ran.stdout
+    assert "0 failed" in ran.stdout
