@@ -80,7 +80,7 @@ def fit(
     in `out` (from the start when there is none), bitwise as if never interrupted on one device.
     Raises UserErrors for what the recipe asks and where another run is at work in `out`, DivergedError for losses,
     weights or scores that are not finite, RunError for disks that are full, StoppedError after a SIGTERM, with a
-    checkpoint written.
+    checkpoint written (one in the first step, which may be compiling, ends the process: nothing is to be kept yet).
     """
     recipe = Recipe.load(source, overrides)
     if recipe.out is None:
