@@ -6,7 +6,7 @@
 The interpreter runs what no compiler would take (a loop that changes the shape of what it carries) and knows nothing of
 registers. One line a kernel and launch: registers and stack of a thread, and shared memory of a program, as ptxas says,
 and what descriptors.py finds wrong in the machine code; exits with 1 where one does not compile or is wrong.
-TRITON_PTXAS_PATH names another assembler than the one that Triton takes.
+TRITON_PTXAS_PATH (TRITON_PTXAS_BLACKWELL_PATH from Triton 3.9 on) names another assembler than the one that Triton takes.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def main(given: list[str]) -> int:
 
     JITFunction.run = compiled  # type: ignore[method-assign]
     if given[:1] == ["--widths"]:
+        if len(given) < 3:
+            sys.exit("--widths takes two lists, keys' and values', as in --widths 24,64 40,200")
         keys, values = ([int(n) for n in widths.split(",")] for widths in given[1:3])
         runs = {
             f"{case} {D} {E}": partial(races_cases.WIDTHS[case], D, E)

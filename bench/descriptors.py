@@ -2,11 +2,12 @@
 
 A product whose factor lies in shared memory (wgmma) takes its place from a descriptor in uniform registers. ptxas 12.8,
 which Triton up to 3.7 takes for Hopper, can add a step to a register that holds something else at that time: the product
-then reads anywhere, and what comes out is wrong, or the launch fails. 12.9 and later are right with the same PTX. Where
-it goes wrong depends on everything around the product, so that a kernel is right at one width and wrong at the next.
+then reads anywhere, and what comes out is wrong, or the launch fails. With the same PTX 12.9 and later do not, in all
+kernels of ours. Where it goes wrong depends on everything around the product, so that a kernel is right at one width and
+wrong at the next.
 
 Here the machine code is followed from its entry: whether what a register holds comes from where shared memory begins. A
-descriptor that does not, on any way to its product, is named.
+descriptor that does not, on any way to its product, is named; one of the wrong place in shared memory is not.
 
 And products run on while what follows them is done: until they are waited for, the registers of a factor that lies there
 must stay. Assemblers before 13.3 can write to them (triton-lang/triton#11781), which is named, too.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,8 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?)\s*;")
+_PREDICATES = re.compile(r"^(?:!?U?P[T0-9]+, *)+")  # written beside a register, or what a jump goes by
+_PRODUCT = re.compile(r"[HQIB]GMMA\.")
 _OPERAND = re.compile(r"([-~!|]?)(URZ|RZ|UR\d+|R\d+|0x[0-9a-f]+)(?![0-9a-z])")
 
 
@@ -37,6 +41,9 @@ class Line(NamedTuple):
     guarded: bool
     name: str
     operands: str
+
+
+Blocks = dict[int, tuple[list[Line], list[int]]]  # by where a stretch begins: its lines, and where it goes on
 
 
 class Wrong(NamedTuple):
@@ -55,12 +62,19 @@ def disassembled(cubin: bytes) -> str:
 
 
 def lines(text: str) -> list[Line]:
-    """Of one kernel's machine code, as cuobjdump writes it."""
-    return [Line(int(at, 16), bool(guard), name, rest) for at, guard, name, rest in _LINE.findall(text)]
+    """Of one kernel's machine code, as cuobjdump writes it; guarded: where it may not be done, or not jump."""
+    found = []
+    for at, guard, name, operands in _LINE.findall(text):
+        bare = _PREDICATES.sub("", operands)
+        may_not = bool(guard) or (name.startswith("BRA") and (bare != operands or name != "BRA"))
+        found.append(Line(int(at, 16), may_not, name, bare))
+    return found
 
 
 def wrong(code: list[Line]) -> list[Wrong]:
-    """All such products, in their order. A first pass over blocks finds what registers hold where each begins."""
+    """All such products, in their order. Raises RuntimeError for one that no way leads to, as after an indirect jump.
+
+    A first pass over blocks finds what registers hold where each begins."""
     blocks = _blocks(code)
     entered: dict[int, State] = {0: {}}
     waiting = [0]
@@ -75,13 +89,21 @@ def wrong(code: list[Line]) -> list[Wrong]:
                 waiting.append(after)
             elif _join(entered[after], state):
                 waiting.append(after)
+    _all_met(blocks, entered.keys())
     found = []
     for start, state in sorted(entered.items()):
         for line in blocks[start][0]:
-            if line.name.startswith("HGMMA"):
-                found += [Wrong(line.at, f"{line.name} {line.operands}") for _ in _astray(line, state)]
+            if _PRODUCT.match(line.name) and any(state.get(register) != SHARED for register in _lows(line)):
+                found.append(Wrong(line.at, f"{line.name} {line.operands}"))
             _follow(line, state)
     return found
+
+
+def _all_met(blocks: Blocks, entered: Set[int]) -> None:
+    for start in blocks.keys() - entered:
+        for line in blocks[start][0]:
+            if _PRODUCT.match(line.name):
+                raise RuntimeError(f"no way leads to the product at 0x{line.at:x}: a jump is not understood")
 
 
 def reused(code: list[Line]) -> list[Wrong]:
@@ -99,16 +121,17 @@ def reused(code: list[Line]) -> list[Wrong]:
             if line.name == "WARPGROUP.DEPBAR.LE":
                 left = int(line.operands.rpartition("0x")[2], 16)
                 held = {(register, since) for register, since in held if since < left}
-            elif line.name.startswith("HGMMA"):
+            elif _PRODUCT.match(line.name):
                 held |= {(register, -1) for register in _factor(line)}
                 if "gsb0" in line.operands:
                     held = {(register, min(since + 1, 8)) for register, since in held}
-            elif {register for register, _ in held} & _written(line):
+            elif {register for register, _ in held}.intersection(_written(line)):
                 found[line.at] = Wrong(line.at, f"{line.name} {line.operands}")
         for after in blocks[start][1]:
             if after not in entered or not held <= entered[after]:
                 entered[after] = entered.get(after, frozenset()) | held
                 waiting.append(after)
+    _all_met(blocks, entered.keys())
     return [found[at] for at in sorted(found)]
 
 
@@ -118,12 +141,17 @@ def _factor(line: Line) -> set[str]:
     return {f"R{int(given[1]) + k}" for k in range(4)} if given else set()
 
 
-def _written(line: Line) -> set[str]:
-    first = re.match(r"R(\d+)\b", line.operands)
-    if first is None or line.name.startswith(("ST", "RED", "LDGSTS")):
-        return set()
-    wide = 4 if ".128" in line.name or ".M88.4" in line.name else 2 if ".64" in line.name or ".WIDE" in line.name else 1
-    return {f"R{int(first[1]) + k}" for k in range(2 if line.name == "CS2R" else wide)}
+def _written(line: Line) -> list[str]:
+    """The registers that it writes to."""
+    first = re.match(r"(U?R)(\d+)\b", line.operands)
+    if first is None or line.name.startswith(("ST", "RED", "LDGSTS", "BAR", "UTMA")) or _PRODUCT.match(line.name):
+        return []
+    name = line.name
+    if ".128" in name or "88.4" in name or name.startswith("HMMA"):
+        width = 4
+    else:
+        width = 2 if re.search(r"\.64|\.F64|\.WIDE|88\.2|^CS2R|^D(ADD|MUL|FMA)", name) else 1
+    return [f"{first[1]}{int(first[2]) + k}" for k in range(width)]
 
 
 def _lows(line: Line) -> list[str]:
@@ -136,14 +164,10 @@ def _lows(line: Line) -> list[str]:
     return [f"UR{n + 2}"] if in_registers else [f"UR{n}", f"UR{n + 2}"]
 
 
-def _astray(line: Line, state: State) -> list[str]:
-    return [register for register in _lows(line) if state.get(register) != SHARED]
-
-
-def _blocks(code: list[Line]) -> dict[int, tuple[list[Line], list[int]]]:
+def _blocks(code: list[Line]) -> Blocks:
     """By its first line's place: a stretch of lines, and where it goes on."""
     targets = {_target(x) for x in code if x.name.startswith("BRA")} - {None}
-    blocks: dict[int, tuple[list[Line], list[int]]] = {}
+    blocks: Blocks = {}
     start, held = 0, list[Line]()
     for line, following in zip(code, [*code[1:], None], strict=True):
         held.append(line)
@@ -171,27 +195,30 @@ def _join(into: State, other: State) -> bool:
 
 
 def _follow(line: Line, state: State) -> None:
+    if line.name.startswith("STL"):  # spilled registers
+        at = _slot(line.operands)
+        first = re.search(r"\], *R(\d+)\b", line.operands)
+        count = 4 if ".128" in line.name else 2 if ".64" in line.name else 1
+        for k in range(count if at is not None else 0):
+            value = state.get(f"R{int(first[1]) + k}") if first else None
+            _set(state, f"stack {at + 4 * k}", value, line.guarded)  # type: ignore[operator]
+        return
+    for k, register in enumerate(_written(line)):
+        _set(state, register, _result(line, k, state), line.guarded)
+
+
+def _set(state: State, register: str, value: Value, guarded: bool) -> None:
+    state[register] = value if not guarded or state.get(register) == value else None
+
+
+def _result(line: Line, k: int, state: State) -> Value:
+    """What the k-th register that is written holds. What comes from a place in shared memory stays one: steps are added
+    to it, bits of it taken, buffers chosen."""
     name, operands = line.name, line.operands
-    if name.startswith("STL"):  # a spilled register
-        slot, *rest = _slot_and_registers(operands)
-        state[slot] = state.get(rest[0]) if rest else None
-        return
-    out = re.match(r"(U?R\d+)\b", operands)
-    if out is None or name.startswith(("ST", "RED", "LDGSTS", "BAR", "HGMMA", "UTMA")):
-        return
-    value = _result(name, operands, state)
-    if line.guarded and state.get(out[1]) != value:
-        value = None
-    state[out[1]] = value
-    if ".64" in name or ".WIDE" in name or name == "CS2R":
-        state[_next(out[1])] = None
-
-
-def _result(name: str, operands: str, state: State) -> Value:
-    """What comes from a place in shared memory stays one: steps are added to it, bits of it taken, buffers chosen."""
     if name.startswith("LDL"):
-        return state.get(_slot_and_registers(operands)[0])
-    if name.startswith(("LD", "S2", "ULDC", "SHFL", "ATOM")) or "c[" in operands:
+        at = _slot(operands)
+        return None if at is None else state.get(f"stack {at + 4 * k}")
+    if k or name.startswith(("LD", "S2", "ULDC", "SHFL", "ATOM")) or "c[" in operands:
         return None
     held: list[Value] = [
         0 if x in ("URZ", "RZ") else int(x, 16) if x.startswith("0x") else state.get(x)
@@ -205,12 +232,7 @@ def _result(name: str, operands: str, state: State) -> Value:
     return held[-1] if name.startswith(("UMOV", "MOV", "R2UR", "IMAD.MOV", "IMAD.U32")) and held else None
 
 
-def _next(register: str) -> str:
-    name, _, number = register.rpartition("R")
-    return f"{name}R{int(number) + 1}"
-
-
-def _slot_and_registers(operands: str) -> list[str]:
-    """The stack's slot, and the registers of a store."""
-    at = re.search(r"\[R1(?:\+(0x[0-9a-f]+))?\]", operands)
-    return [f"stack {at[1] if at else None}", *re.findall(r"\bR\d+\b", operands.partition("]")[2])]
+def _slot(operands: str) -> int | None:
+    """The bytes from the stack's start."""
+    found = re.search(r"\[R1(?:\+(0x[0-9a-f]+))?\]", operands)
+    return None if found is None else int(found[1] or "0", 16)

@@ -72,6 +72,29 @@ def test_one_that_was_spilled(tool: Any) -> None:
     assert tool.wrong(tool.lines(BEGIN + RIGHT + kept + LOOP + END)) != []
 
 
+def test_a_product_that_no_way_leads_to_is_not_passed_over(tool: Any) -> None:
+    code = tool.lines(BEGIN + RIGHT + "    /*0061*/                   BRA 0xe0 ;\n" + LOOP + END)
+    code = [line for line in code if "0x70" not in line.operands]  # as of a jump that is not understood
+    for look in (tool.wrong, tool.reused):
+        with pytest.raises(RuntimeError, match="no way leads to the product at 0x80"):
+            look(code)
+
+
+def test_two_registers_that_were_spilled_at_once(tool: Any) -> None:
+    kept = "    /*0061*/                   IMAD.U32 R5, RZ, RZ, UR26 ;\n    /*0062*/                   STL.64 [R1+0x10], R4 ;\n"
+    back = "    /*0064*/                   LDL.LU R6, [R1+0x14] ;\n    /*0065*/                   R2UR UR26, R6 ;\n"
+    assert tool.wrong(tool.lines(BEGIN + RIGHT + kept + back + LOOP + END)) == []
+    lower = back.replace("0x14", "0x10")
+    assert [w.at for w in tool.wrong(tool.lines(BEGIN + RIGHT + kept + lower + LOOP + END))] == [0x90]
+    perhaps = kept.replace("/*0062*/                   STL.64", "/*0062*/              @!P2 STL.64")
+    assert [w.at for w in tool.wrong(tool.lines(BEGIN + RIGHT + perhaps + back + LOOP + END))] == [0x90]
+
+
+def test_a_factor_that_is_written_over_beside_a_predicate(tool: Any) -> None:
+    shuffled = "    /*00a0*/                   SHFL.IDX PT, R29, R2, RZ, 0x1f ;\n"
+    assert [w.at for w in tool.reused(tool.lines(BEGIN + RIGHT + LOOP + shuffled + END))] == [0xA0]
+
+
 def test_a_factor_that_is_written_over_too_early(tool: Any) -> None:
     assert tool.reused(tool.lines(BEGIN + RIGHT + LOOP + ELSEWHERE + END)) == []
     assert [w.at for w in tool.reused(tool.lines(BEGIN + RIGHT + LOOP + OVER + END))] == [0xA0]

@@ -171,11 +171,11 @@ def test_a_process_that_does_not_end_is_killed(count: int, monkeypatch: Any, cap
         while wait(going, timeout=0.05).not_done:
             assert stopped()
     late.cancel()
-    assert late.finished.wait(0) and deaf.exitcode == -signal.SIGKILL and not active_children()
+    assert deaf.exitcode == -signal.SIGKILL and not active_children()
     assert f"process {deaf.pid} had not ended 0.3 s after" in capfd.readouterr().err
 
 
-def test_a_sigterm_is_handed_on_after_an_error_of_one_run(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_sigterm_is_handed_on_after_an_error_of_one_run(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     begun, handed = threading.Event(), threading.Event()
 
     @contextmanager
@@ -197,18 +197,24 @@ def test_a_sigterm_is_handed_on_after_an_error_of_one_run(tmp_path: Path, monkey
     monkeypatch.setattr(studies, "sigterm_handed_on", handed_on)
     monkeypatch.setattr(studies, "_run", run)
     with pytest.raises(SpecError, match="does not fit"):
-        study(asked(tmp_path, arms=2), jobs=2, quiet=True)
+        study(asked(tmp_path, arms=2), jobs=2)
     assert handed.is_set()
+    said = capfd.readouterr().err
+    assert "it does not fit" in said and "still waited for: 1" in said  # at once, not when all have ended
+    assert "RuntimeError: the compiler ended" in said
 
 
-def test_a_run_that_falls_over_the_signal_to_stop_was_stopped(tmp_path: Path, here: None, monkeypatch: Any) -> None:
+def test_a_run_that_falls_over_the_signal_to_stop_was_stopped(
+    tmp_path: Path, here: None, monkeypatch: Any, capfd: Any
+) -> None:
     def run(*_: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("the compiler ended")  # whose processes got the signal too
 
     monkeypatch.setattr(studies, "_run", run)
     with pytest.raises(StoppedError, match="0 of 1 runs done"):
-        study(asked(tmp_path), quiet=True)
+        study(asked(tmp_path))
+    assert "RuntimeError: the compiler ended" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,14 +1,14 @@
 """Which of Triton's assemblers makes machine code for Hopper.
 
-ptxas 12.8, Triton's own for Hopper up to 3.7, loses the place of a product's factor in shared memory in some kernels,
+ptxas 12.8, Triton's own up to 3.7, loses the place of a product's factor in shared memory in some kernels for Hopper,
 which then read anywhere: results are wrong, or the launch fails. Whether it does depends on everything around the
 product, so that one width is right and the next is wrong; `bench/descriptors.py` tells by the machine code. Triton has
-a later one beside it, for Blackwell, which is right with the same PTX, and which later Tritons take for Hopper, too
-(triton-lang/triton#11781).
+a later one beside it, for Blackwell, which later Tritons take for Hopper, too (triton-lang/triton#11781).
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -16,33 +16,56 @@ import subprocess
 import warnings
 from pathlib import Path
 
-import torch
-
 ASKED = "TRITON_PTXAS_PATH"  # what Triton, and torch.compile with it, go by
+RIGHT = (12, 9)  # the first release that keeps the place
+Release = tuple[int, int]
 
 
 def take_later() -> None:
     """Makes the later of Triton's assemblers that of all kernels that this process, and those that it begins, compile.
 
-    Nothing changes where one is asked for already, where Triton has one alone, or without an NVIDIA driver. Warns where
-    the driver is too old for what the later one makes."""
-    driver = getattr(torch._C, "_cuda_getDriverVersion", int)()
-    found = importlib.util.find_spec("triton") if driver and ASKED not in os.environ else None
-    if found is None or found.origin is None:
+    Nothing changes where one is asked for already, where Triton's own is right or alone, or without an NVIDIA driver.
+    Warns where the later one cannot be taken: it does not run here, or the driver is too old for what it makes."""
+    driver = 0 if os.environ.get(ASKED) else _driver()
+    tools = _tools() if driver else None
+    if tools is None:
         return
-    later = Path(found.origin).parent / "backends/nvidia/bin/ptxas-blackwell"
-    if not later.exists():
+    own, later = (_release(tools / name) for name in ("ptxas", "ptxas-blackwell"))
+    if own is None or own >= RIGHT or not (tools / "ptxas-blackwell").exists():
         return
-    said = subprocess.run([later, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
-    if release is None:
+    if later is not None and later >= RIGHT and later[0] <= driver:
+        os.environ[ASKED] = str(tools / "ptxas-blackwell")
         return
-    if int(release[1]) > driver // 1000:
-        warnings.warn(
-            f"the driver is of CUDA {driver // 1000}, and Triton's later assembler of {release[1]}.{release[2]}: the "
-            "earlier one makes wrong kernels of some widths on Hopper. Update the driver, or set "
-            f"{ASKED} to ptxas 12.9 or later of CUDA {driver // 1000}",
-            stacklevel=2,
-        )
-        return
-    os.environ[ASKED] = str(later)
+    found = "does not run" if later is None else f"is of CUDA {later[0]}.{later[1]}, the driver of {driver}"
+    warnings.warn(
+        f"Triton's ptxas {own[0]}.{own[1]} makes wrong kernels of some widths on Hopper, and its later one {found}. "
+        f"Update the driver, or set {ASKED} to a ptxas of {RIGHT[0]}.{RIGHT[1]} or later that the driver knows",
+        stacklevel=2,
+    )
+
+
+def _driver() -> int:
+    """The CUDA release that the driver knows, 0 without one."""
+    version = ctypes.c_int()
+    try:  # not by torch, which would initialise CUDA: devices are chosen then, and no fork is possible any more
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else version.value // 1000
+
+
+def _tools() -> Path | None:
+    try:
+        found = importlib.util.find_spec("triton")
+    except ValueError:  # a module that stands in for it
+        return None
+    return None if found is None or found.origin is None else Path(found.origin).parent / "backends/nvidia/bin"
+
+
+def _release(ptxas: Path) -> Release | None:
+    try:
+        said = subprocess.run([ptxas, "--version"], capture_output=True, check=False, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(rb"release (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else None

@@ -117,14 +117,19 @@ def study(
                         found[run] = _judged(future.result())
                     except (Exception, KeyboardInterrupt) as error:
                         waiting.clear()  # those that are going are waited for here, where a SIGTERM is handed on
+                        said = f"{run[0]}, seed {run[1]}: {type(error).__name__}: {error}"
                         if stopped() and (isinstance(error, StoppedError) or not isinstance(error, DovetailError)):
-                            continue  # it saved, had nothing to save yet, or fell over its compiler, which was told too
+                            if not isinstance(error, StoppedError | BrokenProcessPool | KeyboardInterrupt):
+                                warn(said)  # as one that falls over its compiler, which was told, too
+                            continue  # it saved, or had nothing to save yet
                         if isinstance(error, BrokenProcessPool):
                             error = RunError(
                                 f"the process of {run[0]}, seed {run[1]}, was killed, as for want of memory",
                                 where=str(places[run]),
                                 remedy="make the batch smaller or take fewer --jobs; run again, what is done is kept",
                             )
+                        if wrong is not None or going:
+                            warn(f"{said}\nruns that are still waited for: {len(going)}")
                         wrong = wrong or error
                         continue
                     progress.update(task, advance=1, description="{}, seed {}".format(*run))

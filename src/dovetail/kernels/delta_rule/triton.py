@@ -31,9 +31,8 @@ def delta_rule(
     """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32.
 
     In bf16 and fp16 widths are filled up with zeros, which change nothing, to whole tiles, of values of `LEAST` columns: for
-    tiles of 16 or 32 columns of values, and for keys that do not fill theirs, Triton 3.6 makes kernels for an H200 that
-    write beyond their shared memory (memcheck) or mix up the rows of warps; for whole ones they are right
-    (tests/kernels/test_widths.py).
+    tiles of 16 or 32 columns of values, and for keys that do not fill theirs, ptxas 12.8 makes kernels for an H200 that
+    are wrong or fail (bench/descriptors.py); for whole ones they are right (tests/kernels/test_widths.py).
     """
     D, Dv = k.shape[3], v.shape[3]
     start = q.new_zeros(*k.shape[:2], D, Dv, dtype=torch.float32) if start is None else start.float()

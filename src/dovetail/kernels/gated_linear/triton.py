@@ -24,7 +24,7 @@ from dovetail.kernels.gated_linear import triton_kernels
 from dovetail.kernels.operation import operation
 
 FILL = 512  # programs that a walk should have
-LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower values in bf16 crash (Triton 3.6, sm_90)
+LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower values in bf16 crash (ptxas 12.8, sm_90)
 LEAST = 8  # chunks of a segment, at least
 STEEP = (False, True)  # each kernel is launched for either kind of chunk; a program of the other kind returns at once
 
