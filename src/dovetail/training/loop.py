@@ -80,7 +80,7 @@ def fit(
     in `out` (from the start when there is none), bitwise as if never interrupted on one device.
     Raises UserErrors for what the recipe asks and where another run is at work in `out`, DivergedError for losses,
     weights or scores that are not finite, RunError for disks that are full, StoppedError after a SIGTERM, with a
-    checkpoint written (one in the first step, which may be compiling, ends the process: nothing is to be kept yet).
+    checkpoint written (in the first step, which may be compiling, it ends the process).
     """
     recipe = Recipe.load(source, overrides)
     if recipe.out is None:
@@ -216,10 +216,7 @@ class Run:
             with ExitStack() as awaited:
                 told: Callable[[], bool] | None = None
                 while self.step < t.steps:
-                    due = {
-                        name: _due(self.step + 1, getattr(t, f"{name}_every"), t.steps)
-                        for name in ("log", "save", "eval")
-                    }
+                    due = {n: _due(self.step + 1, getattr(t, f"{n}_every"), t.steps) for n in ("log", "save", "eval")}
                     loss, norm, tokens = self.one_step()
                     self.step += 1
                     if told is None:  # the first step compiles, for minutes if it must, and has nothing to save before
