@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +24,11 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import descriptors
 import races_cases
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class NoDevice:
@@ -51,16 +46,12 @@ class NoDevice:
 
 def resources(cubin: bytes) -> str:
     """Registers and stack of a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", descriptors.dumped(cubin, "-res-usage"))
     return f"{found[1]:>3} registers, {found[2]:>4} B of stack" if found else "resources unknown"
 
 
 def faults(cubin: bytes) -> str:
-    code = descriptors.lines(descriptors.disassembled(cubin))
+    code = descriptors.lines(descriptors.dumped(cubin, "-sass"))
     astray, reused = descriptors.wrong(code), descriptors.reused(code)
     said = [f"{len(astray)} products go astray, as at 0x{astray[0].at:x}"] if astray else []
     said += [f"{len(reused)} factors written over, as at 0x{reused[0].at:x}"] if reused else []

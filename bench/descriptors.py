@@ -30,7 +30,6 @@ _PREDICATES = re.compile(r"^(?:!?U?P[T0-9]+, *)+")  # written beside a register,
 _PRODUCT = re.compile(r"[HQIB]GMMA\.")
 _OPERAND = re.compile(r"([-~!|]?)(URZ|RZ|UR\d+|R\d+|0x[0-9a-f]+)(?![0-9a-z])")
 
-
 SHARED = "a place in shared memory"
 Value = int | str | None  # a number, SHARED, or something else
 State = dict[str, Value]
@@ -53,11 +52,12 @@ class Wrong(NamedTuple):
     text: str
 
 
-def disassembled(cubin: bytes) -> str:
+def dumped(cubin: bytes, what: str) -> str:
+    """As cuobjdump tells it; what: its option, "-sass" for machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        ran = subprocess.run([TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True)
+        ran = subprocess.run([TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True)
     return ran.stdout
 
 
@@ -146,12 +146,14 @@ def _written(line: Line) -> list[str]:
     first = re.match(r"(U?R)(\d+)\b", line.operands)
     if first is None or line.name.startswith(("ST", "RED", "LDGSTS", "BAR", "UTMA")) or _PRODUCT.match(line.name):
         return []
-    name = line.name
-    if ".128" in name or "88.4" in name or name.startswith("HMMA"):
-        width = 4
-    else:
-        width = 2 if re.search(r"\.64|\.F64|\.WIDE|88\.2|^CS2R|^D(ADD|MUL|FMA)", name) else 1
-    return [f"{first[1]}{int(first[2]) + k}" for k in range(width)]
+    return [f"{first[1]}{int(first[2]) + k}" for k in range(_width(line.name))]
+
+
+def _width(name: str) -> int:
+    """How many registers it writes, or stores."""
+    if re.search(r"\.128|88\.4|^HMMA", name):
+        return 4
+    return 2 if re.search(r"\.64|\.F64|\.WIDE|88\.2|^CS2R|^D(ADD|MUL|FMA)", name) else 1
 
 
 def _lows(line: Line) -> list[str]:
@@ -198,8 +200,7 @@ def _follow(line: Line, state: State) -> None:
     if line.name.startswith("STL"):  # spilled registers
         at = _slot(line.operands)
         first = re.search(r"\], *R(\d+)\b", line.operands)
-        count = 4 if ".128" in line.name else 2 if ".64" in line.name else 1
-        for k in range(count if at is not None else 0):
+        for k in range(_width(line.name) if at is not None else 0):
             value = state.get(f"R{int(first[1]) + k}") if first else None
             _set(state, f"stack {at + 4 * k}", value, line.guarded)  # type: ignore[operator]
         return

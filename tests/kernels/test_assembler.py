@@ -92,7 +92,11 @@ def test_one_that_does_not_run_is_said(tools: Path, broken: str) -> None:
 
 def test_the_driver_is_asked_without_initialising_cuda() -> None:
     """torch's own question does, and then a child cannot choose its devices."""
-    asked = "import ctypes, sys; ctypes.CDLL = lambda name: sys.exit(3 if name == 'libcuda.so.1' else 4); import dovetail.kernels"
+    asked = (
+        "import ctypes, sys; torch._C._cuda_getDriverVersion = lambda: sys.exit(5)\n"
+        "ctypes.CDLL = lambda name: sys.exit(3 if name == 'libcuda.so.1' else 4)\n"
+        "import dovetail.kernels"
+    )
     environ = {name: value for name, value in os.environ.items() if name != ASKED}
     ran = subprocess.run([sys.executable, "-c", "import torch; " + asked], env=environ, capture_output=True, text=True)
     assert ran.returncode == 3, ran.stderr

@@ -30,9 +30,10 @@ def take_later() -> None:
     tools = _tools() if driver else None
     if tools is None:
         return
-    own, later = (_release(tools / name) for name in ("ptxas", "ptxas-blackwell"))
+    own = _release(tools / "ptxas")
     if own is None or own >= RIGHT or not (tools / "ptxas-blackwell").exists():
         return
+    later = _release(tools / "ptxas-blackwell")
     if later is not None and later >= RIGHT and later[0] <= driver:
         os.environ[ASKED] = str(tools / "ptxas-blackwell")
         return
