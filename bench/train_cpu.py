@@ -88,7 +88,7 @@ def check() -> None:
         loss.backward()
         norms.append(torch.stack([p.grad.norm() for p in of.parameters() if p.grad is not None]).norm())
     for name, (theirs, ours) in {"loss": losses, "gradient's norm": norms}.items():
-        if abs(float(ours / theirs) - 1) > 1e-4:
+        if abs(float((ours / theirs).detach()) - 1) > 1e-4:
             raise RunError(f"{name} {float(ours):.6f}, transformers' {float(theirs):.6f}", where="bench/train_cpu.py")
 
 
