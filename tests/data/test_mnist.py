@@ -14,7 +14,7 @@ import torch
 from dovetail.data.labelled import Labelled, LabelledRow, LabelledSet, Pixels, nearest_mean
 from dovetail.data.mnist import Mnist, read_idx
 from dovetail.data.rows import collate, real_tokens
-from dovetail.errors import DataError
+from dovetail.errors import DataError, SpecError
 from dovetail.spec import Spec
 from labelled_files import NAMES, idx, write_mnist
 from oracles import oracle_for
@@ -47,8 +47,14 @@ def test_pixels_stand_in_one_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shuffled.examples().values[..., 0], images[:6].reshape(6, 12)[:, order])
     held = Spec.parse("corpus", {"kind": "pixels", "permutation": 3, "of": of | {"split": "test"}})
     np.testing.assert_array_equal(held.examples().values[..., 0], images[6:].reshape(2, 12)[:, order])  # type: ignore[attr-defined]
-    marks = [c.fingerprint() for c in (corpus, shuffled, shuffled.replace(permutation=4), held)]  # type: ignore[attr-defined]
-    assert len(set(marks)) == 4 and shuffled.fingerprint() == marks[1]
+    backwards = Spec.parse("corpus", {"kind": "pixels", "permutation": "bit_reversal", "of": of})
+    order = np.array([0, 8, 4, 2, 10, 6, 1, 9, 5, 3, 11, 7])  # of 0, 8, 4, 12, ... of sixteen
+    np.testing.assert_array_equal(backwards.examples().values[..., 0], images[:6].reshape(6, 12)[:, order])  # type: ignore[attr-defined]
+    corpora = (corpus, shuffled, shuffled.replace(permutation=4), held, backwards)
+    marks = [c.fingerprint() for c in corpora]  # type: ignore[attr-defined]
+    assert len(set(marks)) == 5 and shuffled.fingerprint() == marks[1]
+    with pytest.raises(SpecError, match=r"integer or .bit_reversal.(?s:.*)where: permutation$"):
+        Spec.parse("corpus", {"kind": "pixels", "permutation": "reversed", "of": of})
 
 
 def test_colours_stand_beside_each_other() -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import dovetail as dt
 from dovetail.errors import BuildError, SpecError
 from dovetail.spec import Spec, get, json_schema, parse_assignment, register, registry, tree, walk
+from dovetail.spec.spec import validate
+from dovetail.training.recipe import Train
 
 BASE = {"kind": "decoder", "vocab": 32, "dim": 16, "depth": 4, "context": 8, "blocks": {"mixer": "attention"}}
 
@@ -197,3 +199,11 @@ def test_the_schema_takes_what_the_spec_takes_and_refuses_what_it_refuses() -> N
         assert not VALIDATOR.is_valid(data), data
         with pytest.raises(SpecError):
             Spec.parse("model", data)
+
+
+@pytest.mark.parametrize("value", ["often", 1])
+def test_a_field_of_several_kinds_names_them_all(value: object) -> None:
+    with pytest.raises(SpecError) as caught:
+        validate(Train, {"steps": 1, "checkpointing": value}, "train")
+    assert "valid boolean" in caught.value.what and "'auto'" in caught.value.what
+    assert caught.value.where == "train.checkpointing"

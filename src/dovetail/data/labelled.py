@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -71,17 +71,19 @@ class Labelled(Spec):
 @register(
     "corpus",
     "pixels",
-    oracle="formula: row by row, and in the order of a numpy permutation",
-    source="Le et al. 2015 (IRNN), section 4.2",
+    oracle="formula: row by row, in the order of a numpy permutation, and with the bits of places reversed",
+    source="Le et al. 2015 (IRNN), section 4.2; the order of reversed bits: Gu et al. 2022 (S4), released code",
 )
 class Pixels(Labelled):
     """Images (C,H,W) as sequences of their pixels (H·W,C), row by row.
 
-    permutation: seed of one fixed order of the pixels for all images (permuted MNIST); null: as they stand.
+    permutation: seed of one fixed order of the pixels for all images (permuted MNIST); "bit_reversal": by the binary
+    digits of a pixel's number read backwards, so that coarse samples of the image come first (what S4's published
+    figures are of); null: as they stand.
     """
 
     of: CorpusPart
-    permutation: Natural | None = None
+    permutation: Natural | Literal["bit_reversal"] | None = None
 
     def examples(self) -> LabelledSet:
         if not isinstance(self.of, Labelled):
@@ -92,9 +94,17 @@ class Pixels(Labelled):
         if images.values.ndim != 4:
             raise DataError(f"examples of shape {images.values.shape[1:]} are no images", where="of")
         pixels = np.moveaxis(images.values, 1, -1).reshape(len(images), -1, images.values.shape[1])
-        if self.permutation is not None:
+        if self.permutation == "bit_reversal":
+            pixels = pixels[:, bit_reversal(pixels.shape[1])]
+        elif self.permutation is not None:
             pixels = pixels[:, np.random.default_rng(self.permutation).permutation(pixels.shape[1])]
         return replace(images, values=np.ascontiguousarray(pixels))
+
+
+def bit_reversal(count: int) -> np.ndarray:
+    """0..count-1 by their binary digits read backwards, as many digits as the largest has."""
+    digits = (count - 1).bit_length()
+    return np.array(sorted(range(count), key=lambda number: f"{number:0{digits}b}"[::-1]))
 
 
 def nearest_mean(train: LabelledSet, asked: LabelledSet) -> float:

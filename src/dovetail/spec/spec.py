@@ -147,8 +147,23 @@ def validate(cls: type[Any], fields: dict[str, Any], where: str = "") -> Any:
             missing = first["loc"][-1]
             raise SpecError(f"{name} needs {missing!r}", where=place, remedy=f"give {missing}") from None
         got = "" if inner else f" (got {first['input']!r})"
-        message = first["msg"].removeprefix("Value error, ")
+        kinds = [first]
+        if _at(fields, first["loc"][:-1]) == first["input"]:  # of several kinds: pydantic's name of one ends the place
+            kinds = [e for e in errors if e["loc"][:-1] == first["loc"][:-1]]
+            place = place.rpartition(".")[0]
+        said = list(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in kinds))
+        message = " or ".join([said[0], *(more.removeprefix("Input should be ") for more in said[1:])])
         raise SpecError(f"{name}: {message}{got}", where=place) from None
+
+
+def _at(value: Any, place: tuple[int | str, ...]) -> Any:
+    """What stands there in dicts and lists, or an ellipsis."""
+    for key in place:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return ...
+    return value
 
 
 def _frozen(value: Any) -> Any:
