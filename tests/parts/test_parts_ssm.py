@@ -126,6 +126,24 @@ def test_a_state_keeps_the_law_that_it_goes_by() -> None:
 
 
 @pytest.mark.parametrize("kind", ["s4d", "s4", "lssl"])
+def test_a_channel_drops_out_of_a_row_at_all_its_times(kind: str) -> None:
+    torch.manual_seed(0)
+    sure = make("mixer", {"kind": kind, "state": 4}, dtype=torch.float64, dim=8)
+    chance = make("mixer", {"kind": kind, "state": 4, "dropout": 0.25}, dtype=torch.float64, dim=8)
+    chance.load_state_dict(sure.state_dict())
+    x, read = torch.randn(50, 6, 8, dtype=torch.float64), []
+    for module in (sure, chance):
+        module.out.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with torch.no_grad():
+        sure(x, plain(x)), chance.train()(x, plain(x))
+        times = read[1] / read[0]
+        torch.testing.assert_close(times, times[:, :1].expand_as(times))
+        assert set(times[:, 0].mul(0.75).round(decimals=9).unique().tolist()) == {0.0, 1.0}
+        assert (times[:, 0] == 0).double().mean().sub(0.25).abs() < 0.1 and 0 < (times[0, 0] == 0).sum() < 8
+        torch.testing.assert_close(chance.eval()(x, plain(x)), sure(x, plain(x)))
+
+
+@pytest.mark.parametrize("kind", ["s4d", "s4", "lssl"])
 def test_long_packed_rows_are_convolved_by_document(kind: str) -> None:
     """Beyond the direct products: transforms of each document, gradients too."""
     module = make("mixer", {"kind": kind, "state": 4}, dtype=torch.float64, dim=3)

@@ -27,7 +27,7 @@ from dovetail.parts.state import Room, VectorState
 from dovetail.parts.weights import Linear, Rng
 from dovetail.spec import Slot, Spec
 from dovetail.spec.categories import ActivationPart
-from dovetail.spec.ranges import Count, Positive
+from dovetail.spec.ranges import Chance, Count, Positive
 
 COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
@@ -36,13 +36,16 @@ class StateSpace(Spec):
     """Base: out(activation(y)) with y_t = C h_t + D x_t, h' = A h + B x at steps of length dt, one such law a channel.
 
     state: N, entries of h a channel. dt_min, dt_max: dt starts log-uniform between them. activation: before the map
-    `out` to twice the width, a gated linear unit (Gu et al. 2022b, section 4). A, B and dt take no weight decay.
+    `out` to twice the width, a gated linear unit (Gu et al. 2022b, section 4). dropout: behind the activation, of whole
+    channels: what falls out of a row does so at all its times (the released code's tie_dropout). A, B and dt take no
+    weight decay.
     """
 
     state: Count = 64
     dt_min: Positive = 1e-3
     dt_max: Positive = 0.1
     activation: ActivationPart = Gelu()
+    dropout: Chance = 0.0
 
 
 class StateSpaceModule(nn.Module, ABC):
@@ -63,7 +66,7 @@ class StateSpaceModule(nn.Module, ABC):
         self.path, self.channels, self.order = slot.path, slot.dim, spec.state
         self.range = (math.log(spec.dt_min), math.log(spec.dt_max))
         self.log_dt, self.D = (nn.Parameter(torch.empty(slot.dim)) for _ in range(2))
-        self.activation = slot.build(spec.activation, "activation")
+        self.activation, self.drop = slot.build(spec.activation, "activation"), spec.dropout
         parts = (("residual", slot.width_out), ("in", slot.width_out))
         self.out = Linear(slot.dim, 2 * slot.width_out, slot=slot, bias=True, parts=parts)
 
@@ -123,7 +126,10 @@ class StateSpaceModule(nn.Module, ABC):
                 segments = ctx.segments
                 cut: Documents = ctx.once("documents side by side", lambda: Documents.of(segments.expand(x.shape[:2])))
                 y = cut.back(convolve(cut.apart(u), self.response(cut.at.shape[1], u.dtype)), u)
-        return F.glu(self.out(self.activation(y.to(x.dtype))), -1)
+        y = self.activation(y.to(x.dtype))
+        if self.drop and self.training:
+            y = F.dropout1d(y.mT, self.drop).mT
+        return F.glu(self.out(y), -1)
 
     def plans(self, device: str, length: int) -> dict[str, Plan]:
         """Which path each use of this layer takes, and why."""
