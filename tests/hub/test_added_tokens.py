@@ -34,8 +34,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(folder: Path, config: dict[str, Any], **files: Any) -> None:
-    for name, content in {"tokenizer_config": config, **files}.items():
+def write(folder: Path, said: dict[str, Any], **files: Any) -> None:
+    for name, content in {"tokenizer_config": said, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
@@ -106,6 +106,65 @@ def test_case_as_bert_s_own_class_is_told(folder: Path) -> None:
     assert ids(folder) != lower
     write(folder, GENERIC | {"do_lower_case": False})
     assert ids(folder) == lower
+
+
+def test_a_space_in_front_as_gpt2_s_own_class_is_told(tmp_path: Path) -> None:
+    vocab = {token: i for i, token in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    for stored in (False, True):
+        fast = Tokenizer(models.BPE(vocab, []))
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=stored)
+        fast.save(str(tmp_path / "tokenizer.json"))
+        for told in (True, False):
+            write(tmp_path, {"add_prefix_space": told}, config={"model_type": "gpt2"})
+            assert (ids(tmp_path)[0] == vocab["Ġ"]) is told
+        write(tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": not stored})
+        assert (ids(tmp_path)[0] == vocab["Ġ"]) is stored
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("Bert", "bert"),
+        ("DebertaV2", "deberta-v2"),
+        ("Bart", "bart"),
+        ("Roberta", "roberta"),
+        ("XLMRoberta", "xlm-roberta"),
+        ("XLNet", "xlnet"),
+        ("T5", "mt5"),
+        ("GPT2", "gpt2"),
+        ("Qwen2", "qwen3"),
+        ("Llama", None),
+    ],
+)
+def test_roles_that_no_file_names(tmp_path: Path, name: str, model: str | None) -> None:
+    """The first releases (bert-base, gpt2, roberta-base) say none: their class knows them."""
+    import transformers as hf
+
+    usual = {role: str(token) for role, token in getattr(hf, f"{name}Tokenizer")().special_tokens_map.items()}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(usual.values()))}
+    Tokenizer(models.WordLevel(vocab, unk_token=usual["unk_token"])).save(str(tmp_path / "tokenizer.json"))
+    configs = [{"tokenizer_class": f"{name}Tokenizer"}, {"tokenizer_class": f"{name}TokenizerFast"}]
+    for config in configs:
+        write(tmp_path, config)
+        assert dt.load_tokenizer(tmp_path).special == usual
+    write(tmp_path, {}, config={"tokenizer_class": f"{name}Tokenizer"})
+    assert dt.load_tokenizer(tmp_path).special == usual
+    if model is not None:
+        (tmp_path / "tokenizer_config.json").unlink()
+        write(tmp_path, {}, config={"model_type": model})
+        assert dt.load_tokenizer(tmp_path).special == usual
+    write(tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"}, config={"model_type": model})
+    assert dt.load_tokenizer(tmp_path).special == {}
+    write(tmp_path, configs[0] | {"unk_token": None, "eos_token": None})
+    assert not dt.load_tokenizer(tmp_path).special.keys() & {"unk_token", "eos_token"}
+
+
+def test_roles_of_tokens_that_are_not_there(folder: Path) -> None:
+    write(folder, {"tokenizer_class": "RobertaTokenizer"})
+    assert dt.load_tokenizer(folder).special == {}
+    write(folder, {"tokenizer_class": "BertTokenizer", "mask_token": "[PAD]"})
+    tokenizer = dt.load_tokenizer(folder)
+    assert tokenizer.special == NAMED | {"mask_token": "[PAD]"} and tokenizer.pad_id == 0
 
 
 def test_ids_that_cannot_be(folder: Path) -> None:

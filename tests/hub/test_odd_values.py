@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import dovetail as dt
 from dovetail.errors import CheckpointError, ConfigError, DovetailError, SpecError
-from dovetail.hub import files
+from dovetail.hub import files, generation
 
 SPEC = {
     "kind": "decoder",
@@ -191,3 +191,7 @@ def test_what_is_said_of_generating_is_kept(folder: Path) -> None:
     assert dt.load(folder).origin.decoding == {"forced_bos_token_id": 0, "no_repeat_ngram_size": 3}
     (folder / "generation_config.json").write_text(json.dumps({"min_length": 12, "repetition_penalty": 1.2}))
     assert dt.load(folder).origin.decoding == {"min_length": 12, "repetition_penalty": 1.2}
+    for start, told in ((3, {}), (5, {"decoder_start_token_id": 5})):
+        (folder / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": start}))
+        assert dt.load(folder).origin.decoding == {}
+        assert generation.unapplied(folder, {"is_encoder_decoder": True, "decoder_start_token_id": 3}) == told

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from tokenizers import Tokenizer, models
 
 import dovetail as dt
 from dovetail.errors import CheckpointError
@@ -80,6 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     folder = dt.save(dt.build(SPEC), tmp_path / "served")
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b")).save(str(folder / "tokenizer.json"))
     (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody asks for")
     (folder / "modeling_small.py").write_text("raise SystemExit('code from a hub was run')")
     server = Hub(folder)
@@ -95,6 +97,8 @@ import sys, dovetail as dt
 from dovetail.errors import DovetailError
 for name in sys.argv[1:]:
     try:
+        tokenizer = dt.load_tokenizer(name)
+        assert tokenizer.encode("a") == [0]
         model = dt.load(name)
         print("loaded", model.origin.folder, float(sum(p.data.double().abs().sum() for p in model.parameters())))
     except DovetailError as error:
@@ -121,15 +125,16 @@ def test_hub_ids(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     loaded, absent = load_in_child(tmp_path / "cache", hub.url, "owner/small", "owner/absent")
     word, folder, total = loaded.split()
     assert word == "loaded" and float(total) == pytest.approx(expected, rel=1e-12)
-    assert {p.name for p in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
-    assert set(hub.asked) == {"config.json", "model.safetensors"}
+    wanted = {"config.json", "tokenizer.json", "model.safetensors"}
+    assert {p.name for p in Path(folder).iterdir()} == wanted == set(hub.asked)
+    assert hub.asked[-1] == "model.safetensors"  # a tokenizer needs none
     assert absent.startswith("refused 2") and "owner/absent" in absent
 
     hub.shutdown()
     assert constants.HF_HUB_OFFLINE  # here
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     model = dt.load("owner/small")
-    assert str(model.origin.folder) == folder
+    assert str(model.origin.folder) == folder and dt.load_tokenizer("owner/small").encode("b") == [1]
     assert float(sum(p.data.double().abs().sum() for p in model.parameters())) == float(total)
     with pytest.raises(CheckpointError, match="owner/other") as caught:
         dt.load("owner/other")
@@ -139,9 +144,10 @@ def test_hub_ids(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_names_that_are_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("nowhere", "./owner/name", "/owner/name", "a/b/c", "~/model", "ow ner/na me"):
-        with pytest.raises(CheckpointError) as caught:
-            dt.load(name)
-        assert name in str(caught.value) and caught.value.remedy
+        for load in (dt.load, dt.load_tokenizer):
+            with pytest.raises(CheckpointError) as caught:
+                load(name)
+            assert name in str(caught.value) and caught.value.remedy
     folder = tmp_path / "owner/local"  # a directory of that name comes before the hub
     dt.save(dt.build(SPEC), folder)
     assert torch.equal(*(next(dt.load(n).parameters()) for n in (folder, "owner/local")))

@@ -128,6 +128,17 @@ def check(folder: Path, template: str) -> None:
     assert any(texts)
 
 
+@pytest.mark.parametrize("style", ["chatml", "alternating"])
+def test_a_conversation_has_its_special_tokens_once(folder: Path, style: str) -> None:
+    """The tokenizer begins texts with <s>; the template writes its own, or wants none."""
+    ours, theirs = both(folder, STYLES[style])
+    text = ours.chat(CHATS[0])
+    wanted = theirs.apply_chat_template(CHATS[0], add_generation_prompt=True, return_dict=False)
+    assert ours.encode(text) == wanted and wanted.count(1) == (style == "alternating")
+    assert ours.encode(text + "Sure") == wanted + ours.encode("Sure", special=False)
+    assert ours.encode(str(text)) == [1, *wanted]
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_templates_equal_transformers(folder: Path, style: str) -> None:
     check(folder, STYLES[style])
@@ -207,6 +218,8 @@ def test_a_new_model_says_its_tokenizers_special_ids(tmp_path: Path) -> None:
     train_tokenizer(["def f(x): return x"] * 20, 280, tmp_path / "tok")
     tokenizer = dt.load_tokenizer(tmp_path / "tok")
     model = dt.build({"kind": "decoder", "vocab": tokenizer.vocab_size, "dim": 16, "depth": 1})
+    with pytest.raises(CheckpointError, match="no directory"):
+        dt.save(model, tmp_path / "out", tokenizer_from=tmp_path / "elsewhere")
     dt.save(model, tmp_path / "out", tokenizer_from=tmp_path / "tok")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["bos_token_id"] == tokenizer.bos_id and config["eos_token_id"] == tokenizer.eos_ids[0]

@@ -199,7 +199,7 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], named:
 
 
 def test_altered_positions_are_written() -> None:
-    config = SMALL | {"model_type": "deberta-v2", "pos_att_type": "p2c|c2p"}
+    config = SMALL | {"model_type": "deberta-v2", "pos_att_type": "p2c|C2P", "norm_rel_ebd": "Layer_Norm"}
     spec = read(ConfigReader(config))
     assert write(spec, config) == config
     other = read(ConfigReader(config | {"position_buckets": 4, "pos_att_type": ["p2c"], "norm_rel_ebd": "none"}))

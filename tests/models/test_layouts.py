@@ -216,6 +216,17 @@ def test_layer_types_while_no_window_is_in_use(tmp_path: Path) -> None:
     unchanged(model, folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
+def test_a_class_where_no_type_is_said(kind: str, tmp_path: Path) -> None:
+    """Mistral's window has no tensor that would tell it from a LLaMA."""
+    name = f"{kind}ForCausalLM"
+    window = {"sliding_window": 3} | ({} if kind == "Mistral" else {"use_sliding_window": True, "max_window_layers": 0})
+    folder = made(name, tmp_path / "in", without=("model_type",), **LLAMA, **window)
+    model = dt.load(folder)
+    same(model, name, folder)
+    unchanged(model, folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_a_body_without_its_head(kind: str, tmp_path: Path) -> None:
     folder = made(f"{kind}Model", tmp_path / "in", **LLAMA)

@@ -15,6 +15,13 @@ from dovetail.errors import UserError
 from dovetail.hub.sandbox import Sandbox
 
 
+class Conversation(str):
+    """What a template wrote, its special tokens among it: encoding adds no more of them, such as a second BOS."""
+
+    def __add__(self, more: str) -> Conversation:
+        return Conversation(str(self) + more)
+
+
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`, which marks what the assistant says: rendered as it stands."""
 
@@ -36,7 +43,9 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], generate: bool, variables: Mapping[str, Any]) -> str:
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], generate: bool, variables: Mapping[str, Any]
+) -> Conversation:
     """The text of a conversation. generate: with the opening of an answer. Raises UserError for anything that fails.
 
     Templates find what transformers gives them: messages, tools, documents, add_generation_prompt, the special
@@ -49,9 +58,8 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], generate: bool,
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=generate, **given
-        )
+        compiled = environment.from_string(template)
+        return Conversation(compiled.render(messages=list(messages), add_generation_prompt=generate, **given))
     except Exception as error:  # a template is foreign code: whatever it raises is its own failure
         raise UserError(
             f"the chat template failed: {error}",

@@ -8,7 +8,7 @@ from typing import Any
 from dovetail.errors import CheckpointError
 from dovetail.hub import files
 
-FILE = "generation_config.json"
+FILE, _START = "generation_config.json", "decoder_start_token_id"
 # Keys that change what greedy decoding or a beam gives, and the value that changes nothing.
 _NEUTRAL = {
     "forced_bos_token_id": None,
@@ -41,4 +41,8 @@ def unapplied(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             said = files.read_json(folder / FILE)
         except CheckpointError:
             said = {}  # as an empty file, which says nothing
-    return {key: said[key] for key, neutral in _NEUTRAL.items() if said.get(key) not in (None, neutral, [])}
+    found = {key: said[key] for key, neutral in _NEUTRAL.items() if said.get(key) not in (None, neutral, [])}
+    start = said.get(_START)  # config.json alone is read for it
+    if config.get("is_encoder_decoder") and start not in (None, config.get(_START)):
+        found[_START] = start
+    return found

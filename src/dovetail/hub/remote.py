@@ -9,13 +9,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from dovetail.errors import CheckpointError
 
-PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
+_TEXTS = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
+PATTERNS = ["*.safetensors", *_TEXTS]
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
+def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The directory of a local path, or of a hub id (downloaded, or taken from the cache when offline).
 
-    Only weights in safetensors, configs and tokenizer files are fetched: never code, never pickles.
+    weights: whether they are wanted too. Only weights in safetensors, configs and tokenizer files are fetched: never code, never pickles.
     """
     local = Path(path)
     if local.is_dir():
@@ -25,8 +26,9 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"no directory {name!r}", remedy="give the directory of a model, or a hub id such as owner/name"
         )
+    patterns = PATTERNS if weights else _TEXTS
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise CheckpointError(
             f"no directory and no hub repository {name!r}", remedy="check the name; gated models need a login"

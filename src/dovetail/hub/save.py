@@ -12,6 +12,7 @@ from torch import Tensor
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.hub import atomic, files, sentence
 from dovetail.hub.load import NATIVE, Origin
+from dovetail.hub.remote import resolve
 from dovetail.hub.tokenizer import load_tokenizer
 from dovetail.models.build import build
 from dovetail.models.config import ConfigReader
@@ -58,7 +59,7 @@ def save(
 
     format "hf": the layout that the model was loaded from (or the published layout that fits its spec); refused
     with ConfigError where that layout cannot say the spec. "dovetail": the spec itself and our own names; always
-    possible. tokenizer_from: directory whose tokenizer goes along (the one it was loaded from unless given).
+    possible. tokenizer_from: directory or hub id whose tokenizer goes along (the one it was loaded from unless given).
     """
     target = Path(path)
     origin: Origin | None = getattr(model, "origin", None)
@@ -100,7 +101,7 @@ def save(
             )
     else:
         raise ConfigError(f"no format {format!r}", remedy='use "hf" or "dovetail"')
-    source = Path(tokenizer_from) if tokenizer_from else origin.folder if origin else None
+    source = resolve(tokenizer_from, weights=False) if tokenizer_from else origin.folder if origin else None
     if format == "hf" and origin is None and source is not None and (source / "tokenizer.json").exists():
         config |= _special_ids(source)
     with atomic.atomic_folder(target) as scratch:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from dovetail.errors import CheckpointError, UserError
 from dovetail.hub import files
-from dovetail.hub.chat import render
-from dovetail.hub.vocabulary import SPECIAL, complete, named
+from dovetail.hub.chat import Conversation, render
+from dovetail.hub.remote import resolve
+from dovetail.hub.vocabulary import complete, roles_of
 
 
 class Tokenizer:
@@ -55,13 +56,13 @@ class Tokenizer:
         return max(self.fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text; special: with what the tokenizer adds by itself (a BOS, say)."""
-        return self.fast.encode(text, add_special_tokens=special).ids
+        """Ids of a text; special: with what the tokenizer adds by itself (a BOS, say), but to what `chat` made."""
+        return self.fast.encode(text, add_special_tokens=special and not isinstance(text, Conversation)).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return self.fast.decode(list(ids), skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[dict[str, Any]], *, generate: bool = True, **variables: Any) -> str:
+    def chat(self, messages: Sequence[dict[str, Any]], *, generate: bool = True, **variables: Any) -> Conversation:
         """The text of a conversation by the checkpoint's template, rendered in jinja's immutable sandbox.
 
         Raises UserError when there is no template or it refuses the messages.
@@ -73,35 +74,37 @@ class Tokenizer:
         return render(template, messages, generate, self.special | variables)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a directory. Raises CheckpointError when there is no tokenizer.json or it is damaged."""
-    folder = Path(folder)
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a directory or hub id.
+
+    Raises CheckpointError when there is none, or no tokenizer.json in it, or that is damaged.
+    """
+    folder = resolve(path, revision, weights=False)
     old = folder / "0_Transformer"  # of the first sentence-transformers directories
     folder = old if not (folder / "tokenizer.json").exists() and (old / "tokenizer.json").exists() else folder
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    file = folder / "tokenizer.json"
+    if not file.exists():
         raise CheckpointError(
             "no tokenizer.json here",
             where=str(folder),
             remedy="save the tokenizer in the fast format beside the weights",
         )
     try:
-        fast = FastTokenizer.from_file(str(path))
+        fast = FastTokenizer.from_file(str(file))
     except Exception as error:
-        raise CheckpointError(f"tokenizer.json cannot be read: {error}", where=str(path)) from None
-    config, special, added = (
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}", where=str(file)) from None
+    config, special, added, model = (
         files.read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
     )
     before = fast.get_vocab_size()
-    complete(fast, config, special, added, folder)
+    complete(fast, config, special, added, model, folder)
     beside = fast.get_vocab_size() - before
-    first, second = (config, special) if "added_tokens_decoder" in config else (special, config)
-    roles = {role: token for role in SPECIAL if (token := named(first.get(role) or second.get(role))) is not None}
+    roles = roles_of(fast, config, special, model)
     ids: list[int] = []
-    for file in ("generation_config.json", "config.json"):
-        if (folder / file).exists():
-            value = files.read_json(folder / file).get("eos_token_id")
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            value = files.read_json(folder / name).get("eos_token_id")
             ids += [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
             if ids:
                 break

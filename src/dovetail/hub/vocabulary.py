@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from dovetail.errors import CheckpointError
 
@@ -28,6 +29,42 @@ _CASES = {
     "tokenize_chinese_chars": "handle_chinese_chars",
     "strip_accents": "strip_accents",
 }
+# Classes that go by add_prefix_space where tokenizer.json says something else.
+_SPACED = ("GPT2", "Roberta", "Bart")
+# What transformers' classes call their special tokens where no file does, as in many first releases (BERT, GPT-2, RoBERTa).
+_BERT = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
+_FAIRSEQ = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"}
+_FAIRSEQ |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+_END = "<|endoftext|>"
+_ROLES: dict[str, dict[str, str]] = {
+    "Bert": _BERT,
+    "DistilBert": _BERT,
+    "RoFormer": _BERT,
+    "DebertaV2": {"bos_token": "[CLS]", "eos_token": "[SEP]", **_BERT},
+    "Bart": _FAIRSEQ,
+    "Roberta": _FAIRSEQ,
+    "XLMRoberta": _FAIRSEQ,
+    "XLNet": _FAIRSEQ | {"sep_token": "<sep>", "cls_token": "<cls>"},
+    "T5": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "GPT2": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
+    "Llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
+}
+# The class of a model type where no file names one.
+_CLASS = {
+    "bert": "Bert",
+    "roformer": "RoFormer",
+    "deberta-v2": "DebertaV2",
+    "bart": "Bart",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "xlnet": "XLNet",
+    "t5": "T5",
+    "mt5": "T5",
+    "gpt2": "GPT2",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen2",
+}
 
 
 def named(value: Any) -> str | None:
@@ -36,8 +73,33 @@ def named(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def roles_of(
+    fast: FastTokenizer, config: Mapping[str, Any], special: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, str]:
+    """Role -> token, as tokenizer_config.json and special_tokens_map.json say, else as the class in use calls it.
+
+    model: config.json, which tells the class where the others do not. A role said to be null has no token.
+    """
+    first, second = (config, special) if "added_tokens_decoder" in config else (special, config)
+    said = {role: named(first.get(role) or second.get(role)) for role in SPECIAL if role in first or role in second}
+    usual = _ROLES.get(_class(config, model), {})
+    there = {role: token for role, token in usual.items() if fast.token_to_id(token) is not None}
+    return {role: token for role, token in (there | said).items() if token is not None}
+
+
+def _class(config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """The class that reads the files, without its ending."""
+    said = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "")
+    return re.sub(r"Tokenizer(Fast)?$", "", said) or _CLASS.get(str(model.get("model_type")), "")
+
+
 def complete(
-    fast: FastTokenizer, config: Mapping[str, Any], special: Mapping[str, Any], added: Mapping[str, Any], where: Path
+    fast: FastTokenizer,
+    config: Mapping[str, Any],
+    special: Mapping[str, Any],
+    added: Mapping[str, Any],
+    model: Mapping[str, Any],
+    where: Path,
 ) -> None:
     """Adds to `fast` what tokenizer_config.json, special_tokens_map.json and added_tokens.json say beside it.
 
@@ -49,6 +111,10 @@ def complete(
     fast.no_padding()
     fast.encode_special_tokens = config.get("split_special_tokens") is True
     _set_case(fast, config)
+    space, splitter = config.get("add_prefix_space"), fast.pre_tokenizer
+    if _class(config, model) in _SPACED and isinstance(space, bool) and isinstance(splitter, ByteLevel):
+        splitter.add_prefix_space = space
+        fast.pre_tokenizer = splitter
     roles = dict(config) if "added_tokens_decoder" in config else {**config, **special}
     there = {token.content: token for token in fast.get_added_tokens_decoder().values()}
     new: dict[str, AddedToken] = {}

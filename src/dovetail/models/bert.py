@@ -182,7 +182,7 @@ def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
     if model.context is not None:
         semantic["max_position_embeddings"] = model.context
     defaults = DEFAULTS | {"max_position_embeddings": 512}
-    return faithful("bert", read, updated(config, semantic, defaults), model, said_shapes(model, NAMES))
+    return faithful("bert", read, updated(config, semantic, defaults), model, said_shapes(model, NAMES, config))
 
 
 def write_encoder(spec: Spec, config: dict[str, Any], layout: str, names: Layout) -> tuple[Encoder, dict[str, Any]]:
@@ -209,31 +209,49 @@ def write_encoder(spec: Spec, config: dict[str, Any], layout: str, names: Layout
     }
     if head is not None:
         semantic["tie_word_embeddings"] = head.output.kind == "ref"
-    pairs = _tells_pairs(model, names)
+    pairs = _tells_pairs(model, names, config)
     if model.classes and not pairs:
         semantic |= write_labels(model.classes, config)
         rate = model.classifier_dropout
         semantic["classifier_dropout"] = None if rate == model.dropout else rate
+    kind = "ForMaskedLM" if head else "ForSequenceClassification" if model.classes else "Model"
+    kind = "ForTokenClassification" if model.classes and model.pooling is None else kind
+    kind = "ForPreTraining" if head and pairs else "ForNextSentencePrediction" if pairs else kind
+    if not config or lacks(model, pairs, _architecture(ConfigReader(config), names)):
+        semantic["architectures"] = [f"{'XLM' * (config.get('model_type') == 'xlm-roberta')}{names.cls}{kind}"]
     if not config:
-        kind = "ForMaskedLM" if head else "ForSequenceClassification" if model.classes else "Model"
-        kind = "ForTokenClassification" if model.classes and model.pooling is None else kind
-        kind = "ForPreTraining" if head and pairs else "ForNextSentencePrediction" if pairs else kind
-        semantic |= {"architectures": [names.cls + kind], "model_type": layout, "torch_dtype": "float32"}
+        semantic |= {"model_type": layout, "torch_dtype": "float32"}
         semantic["initializer_range"] = getattr(model.init, "std", 0.02)
     return model, semantic
 
 
-def _tells_pairs(model: Encoder, names: Layout) -> bool:
-    """Whether the classifier is the one that tells whether the second sentence follows the first."""
-    return (
-        names.pairs
-        and model.pooling is not None
-        and model.classes == 2
-        and (model.head is not None or not model.classifier_dropout)
-    )
+def lacks(model: Encoder, pairs: bool, said: str | None) -> bool:
+    """Whether a model has been given other heads than the class that its config names."""
+    judged = model.classes is not None and not pairs
+    return {
+        "ForMaskedLM": model.head is None,
+        "ForPreTraining": model.head is None,
+        "ForNextSentencePrediction": not pairs,
+        "ForSequenceClassification": not judged or model.pooling is None,
+        "ForTokenClassification": not judged or model.pooling is not None,
+        "ForQuestionAnswering": not judged or model.pooling is not None,
+    }.get(said or "", False)
 
 
-def said_shapes(model: Encoder, names: Layout) -> dict[str, tuple[int, ...]]:
+def _tells_pairs(model: Encoder, names: Layout, config: dict[str, Any]) -> bool:
+    """Whether the classifier is the one that tells whether the second sentence follows the first.
+
+    Without a head for masked tokens a new one for two classes is like any other.
+    """
+    if not names.pairs or model.pooling is None or model.classes != 2:
+        return False
+    if model.head is not None or not config:
+        return model.head is not None
+    said = _architecture(ConfigReader(config), names)
+    return not model.classifier_dropout and said in (None, "Model", "ForNextSentencePrediction")
+
+
+def said_shapes(model: Encoder, names: Layout, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes from which `read_encoder` tells which heads there are."""
     shapes: dict[str, tuple[int, ...]] = {"embeddings.word_embeddings.weight": (model.vocab, model.dim)}
     if model.head is not None:
@@ -242,7 +260,7 @@ def said_shapes(model: Encoder, names: Layout) -> dict[str, tuple[int, ...]]:
         shapes["pooler.dense.weight"] = (model.dim, model.dim)
     if model.classes:
         deep = names.deep and model.pooling is not None
-        top = "cls.seq_relationship" if _tells_pairs(model, names) else f"classifier{'.out_proj' * deep}"
+        top = "cls.seq_relationship" if _tells_pairs(model, names, config) else f"classifier{'.out_proj' * deep}"
         shapes[f"{top}.weight"] = (model.classes, model.dim)
     return shapes
 
@@ -287,7 +305,7 @@ def encoder_rules(model: Encoder, names: Layout, stored: set[str]) -> list[Rule]
     elif isinstance(model.pooling, DensePooling):
         rules += both(f"{p}pooler.dense", "pooling.linear")
     if model.classes and not (names.deep and pooled):
-        pairs = pooled and ("cls.seq_relationship.weight" in stored if stored else _tells_pairs(model, names))
+        pairs = pooled and ("cls.seq_relationship.weight" in stored if stored else _tells_pairs(model, names, {}))
         rules += both("cls.seq_relationship" if pairs else "classifier", "classifier.linear")
     # Where a directory of sentence-transformers pools in another way, its encoder's own pooler stands idle.
     return [*rules, Keep(f"{p}pooler.dense.*"), Keep("cls.seq_relationship.*")]

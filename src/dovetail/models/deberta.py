@@ -12,7 +12,7 @@ from typing import Any
 
 from dovetail.errors import ConfigError
 from dovetail.models.activations import ACTIVATIONS, activation_name
-from dovetail.models.bert import both, labels, layer_rules, write_labels
+from dovetail.models.bert import both, labels, lacks, layer_rules, write_labels
 from dovetail.models.config import ConfigReader
 from dovetail.models.encoder import Encoder
 from dovetail.models.family import Family, expect, faithful, family, updated
@@ -240,7 +240,7 @@ def write_position(model: Encoder, mixer: Attention, config: dict[str, Any]) -> 
     stated = config.get("max_relative_positions") or -1
     if (stated if stated > 0 else model.context) != position.max_distance:
         semantic["max_relative_positions"] = position.max_distance
-    if ("layer_norm" in (config.get("norm_rel_ebd") or "none")) != (position.norm is not None):
+    if ("layer_norm" in (config.get("norm_rel_ebd") or "none").lower()) != (position.norm is not None):
         semantic["norm_rel_ebd"] = "layer_norm" if position.norm is not None else "none"
     return semantic
 
@@ -258,7 +258,7 @@ def write_heads(model: Encoder, config: dict[str, Any]) -> dict[str, Any]:
     said = config.get("cls_dropout")
     if pooling is not None and model.classes and model.classifier_dropout != (model.dropout if said is None else said):
         semantic["cls_dropout"] = model.classifier_dropout
-    if not config:
+    if not config or lacks(model, False, architecture(ConfigReader(config))):
         kind = "ForMaskedLM" if model.head else "Model"
         if model.classes:
             kind = "ForSequenceClassification" if pooling else "ForTokenClassification"

@@ -53,7 +53,7 @@ def _absent(config: Any, kind: str, key: str, null: Any = None) -> Any:
 
 
 def read(config: ConfigReader) -> Decoder:
-    kind = config.take("model_type", "llama")
+    kind = _type(config.data)
     dim, heads, depth = config.int("hidden_size"), config.int("num_attention_heads"), config.int("num_hidden_layers")
     context = config.int("max_position_embeddings", _ABSENT[kind]["max_position_embeddings"])
     norm = RmsNorm(eps=config.float("rms_norm_eps", 1e-6, least=0.0))
@@ -142,7 +142,7 @@ def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
     model = _plain(spec)
     first: Any = model.blocks[0]
     mixer, ff = first.mixer, first.feedforward
-    kind = config.get("model_type") or _kind(mixer, ff)
+    kind = _type(config) if config else _kind(mixer, ff)
     windows = [None if b.mixer.mask is None else b.mixer.mask.size for b in model.blocks]  # type: ignore[attr-defined]
     same = [b.replace(mixer=b.mixer.replace(mask=None)) for b in model.blocks]  # type: ignore[attr-defined]
     if any(block != same[0] for block in same):
@@ -189,6 +189,13 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+
+def _type(config: dict[str, Any]) -> str:
+    """The model type of a config; one that leaves it out may name the class."""
+    said = config.get("architectures")
+    named = [kind for kind, name in _ARCHITECTURES.items() if isinstance(said, list) and name in said]
+    return config.get("model_type") or next(iter(named), "llama")
 
 
 def _kind(mixer: Any, ff: Any) -> str:

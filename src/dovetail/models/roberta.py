@@ -7,7 +7,7 @@ from typing import Any
 from dovetail.models.bert import DEFAULTS, Layout, keymap_of, read_encoder, said_shapes, untyped, write_encoder
 from dovetail.models.config import ConfigReader
 from dovetail.models.encoder import Encoder
-from dovetail.models.family import Family, expect, faithful, family, updated
+from dovetail.models.family import Family, cannot_say, expect, faithful, family, updated
 from dovetail.parts.position.absolute import Learned
 from dovetail.parts.position.base import NoPosition
 from dovetail.spec import Spec
@@ -33,11 +33,13 @@ def read(config: ConfigReader) -> Encoder:
 def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
     model, semantic = write_encoder(spec, config, "roberta", NAMES)
     position = expect(model.position, Learned, "roberta", "position")
+    if position.offset < 1:  # they begin behind the padding's, and no token has the id -1
+        raise cannot_say("roberta", "positions that begin at 0", "position.offset")
     semantic["pad_token_id"] = position.offset - 1
     if model.context is not None:
         semantic["max_position_embeddings"] = model.context + position.offset
     defaults = DEFAULTS | {"max_position_embeddings": 512, "pad_token_id": 1}
-    return faithful("roberta", read, updated(config, semantic, defaults), model, said_shapes(model, NAMES))
+    return faithful("roberta", read, updated(config, semantic, defaults), model, said_shapes(model, NAMES, config))
 
 
 ROBERTA = family(

@@ -31,7 +31,7 @@ def write(spec: Spec, config: dict[str, Any]) -> dict[str, Any]:
     if config.get("embedding_size") is not None:
         semantic["embedding_size"] = model.dim
     defaults = DEFAULTS | {"max_position_embeddings": 1536}
-    return faithful("roformer", read, updated(config, semantic, defaults), model, said_shapes(model, NAMES))
+    return faithful("roformer", read, updated(config, semantic, defaults), model, said_shapes(model, NAMES, config))
 
 
 def keymap(spec: Spec, stored: Iterable[str], config: dict[str, Any]) -> KeyMap:
