@@ -9,7 +9,7 @@ import pytest
 
 from dovetail.data import prepare, train_tokenizer
 from dovetail.data.control import Controlled
-from dovetail.errors import SpecError
+from dovetail.errors import DataError, SpecError
 from dovetail.spec import Spec
 from oracles import oracle_for
 
@@ -31,6 +31,16 @@ def test_every_document_stands_behind_the_code_of_its_corpus(tmp_path: Path) -> 
     first = [made.tokens[a:b] for a, b in zip(made.offsets, made.offsets[1:], strict=False)]
     assert made.documents == 4
     assert [tokenizer.fast.decode(ids.tolist()).split()[0] for ids in first] == ["Books"] * 2 + ["Code"] * 2
+
+
+def test_labelled_examples_are_no_documents(tmp_path: Path) -> None:
+    images = {"kind": "mnist", "path": str(tmp_path), "split": "train"}
+    for corpus in (
+        {"kind": "controlled", "codes": ["A"], "corpora": [images]},
+        {"kind": "echoed", "corpus": {"kind": "pixels", "of": images}},
+    ):
+        with pytest.raises(DataError, match="has labelled examples, and no text"):
+            Spec.parse("corpus", corpus).fingerprint()  # type: ignore[attr-defined]
 
 
 def test_codes_are_one_each_and_different(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import pytest
 
 from dovetail.data import TokenSet, prepare, train_tokenizer
 from dovetail.data.corpus import Files, Folder, JsonLines, TextFile
+from dovetail.data.generated import write_numbers
 from dovetail.data.pydoc import HELD_OUT, TRAIN, Pydoc
 from dovetail.data.tokenizer import encode_documents
-from dovetail.errors import DataError, RunError
+from dovetail.errors import DataError, RunError, SpecError
 from dovetail.spec import Spec
 from oracles import oracle_for
 
@@ -57,12 +58,19 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"ok \xff\xfe")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (tmp_path / "long.jsonl").write_text('{"text": "a"}\n{"text": "b", "id": ' + "1" * 5000 + "}\n")
+    (tmp_path / "deep.jsonl").write_text('{"text": "a", "tree": ' + "[" * 99_999 + "]" * 99_999 + "}\n")
     for corpus, message in [
         (TextFile(path=str(tmp_path / "nowhere")), "nowhere"),
         (TextFile(path=str(tmp_path / "bytes")), "not UTF-8.*byte 3"),
         (Folder(path=str(tmp_path / "nowhere")), "no such folder"),
         (Folder(path=str(tmp_path), glob="*.rst"), "no file matches"),
+        (TextFile(path="a\0b"), "cannot be read"),
+        (Folder(path=str(tmp_path), glob="/*.txt"), "'/\\*.txt' cannot be searched"),
+        (Folder(path=str(tmp_path), glob=""), "'' cannot be searched"),
         (JsonLines(path=str(tmp_path / "broken.jsonl")), "broken.jsonl:2"),
+        (JsonLines(path=str(tmp_path / "long.jsonl")), "long.jsonl:2"),
+        (JsonLines(path=str(tmp_path / "deep.jsonl")), "deep.jsonl:1"),
         (JsonLines(path=str(tmp_path / "other.jsonl")), "(?s)other.jsonl:2.*body"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -73,6 +81,11 @@ def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"a\r\nb\rc\n\r\n---\r\nd\r\n")
     assert list(TextFile(path=str(tmp_path / "t")).documents()) == ["a\r\nb\rc\n\r\n---\r\nd\r\n"]
     assert list(TextFile(path=str(tmp_path / "t"), separator="\n---\n").documents()) == ["a\r\nb\rc\n", "d\r\n"]
+
+
+def test_a_byte_order_mark_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert list(JsonLines(path=str(tmp_path / "t.jsonl")).documents()) == ["a", "b"]
 
 
 def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
@@ -92,6 +105,8 @@ def test_pydoc_holds_the_modules_sources() -> None:
     assert not train & set(documents) and sum(map(len, train)) > 4_000_000
     few = list(Pydoc(limit=50_000).documents())
     assert 0 < sum(map(len, few)) <= 50_000 and few == list(Pydoc().documents())[: len(few)]
+    with pytest.raises(SpecError, match="limit"):
+        Spec.parse("corpus", {"kind": "pydoc", "limit": 0})
 
 
 def test_tokenizer_is_lossless_and_marks_documents(tokenizer: Any) -> None:
@@ -120,6 +135,13 @@ def test_tokenizer_refuses(tmp_path: Path) -> None:
         train_tokenizer(TEXTS, 100, tmp_path)
     with pytest.raises(DataError, match="empty"):
         train_tokenizer([], 300, tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for write in (lambda to: train_tokenizer(TEXTS, 300, to), lambda to: write_numbers(5, to)):
+        with pytest.raises(RunError, match=r"(?s)could not be written: Not a directory.*data\.cache"):
+            write(tmp_path / "file" / "tokenizers")
 
 
 def test_token_set_is_the_documents_end_to_end(tokenizer: Any, tmp_path: Path) -> None:
@@ -152,7 +174,7 @@ def test_a_full_disk_while_tokenising_leaves_nothing(tokenizer: Any, tmp_path: P
         if broken == "replace":
             with pytest.raises(RunError, match="tokenizer could not be written"):
                 train_tokenizer(TEXTS, 258, tmp_path / "words")
-            assert [p.name for p in (tmp_path / "words").iterdir()] == ["tokenizer_config.json"]
+            assert not list((tmp_path / "words").iterdir())
         monkeypatch.undo()
         assert not list((tmp_path / "tokens").iterdir())
     assert prepare(corpus, tokenizer, tmp_path).documents == 1

@@ -195,7 +195,9 @@ def test_e2e_from_lines_and_from_the_challenges_csv(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("a||b\nc|d\n")
     (tmp_path / "bad.csv").write_text("MR\nname[x]\n")
     (tmp_path / "worse.csv").write_text("mr,ref\nname[x] and more,text\n")
-    for name, message in (("bad.txt", "bad.txt:2"), ("bad.csv", "columns are MR"), ("worse.csv", "not a meaning")):
+    (tmp_path / "open.csv").write_text('mr,ref\nname[x],"text\n' + "name[x],text\n" * 12_000)
+    said = {"bad.txt": "bad.txt:2", "bad.csv": "columns are MR", "worse.csv": "not a meaning", "open.csv": "a quote"}
+    for name, message in said.items():
         with pytest.raises(DataError, match=message):
             list(E2E(path=str(tmp_path / name)).pairs())
 

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 import dovetail as dt
-from dovetail.errors import SpecError
+from dovetail.errors import DivergedError, SpecError, UserError
 from dovetail.parts.weights import Linear
+from dovetail.report import arms
 from dovetail.report.arms import Trial, judge
 from dovetail.report.measure import quality
 from dovetail.report.recipe import Arm, Comparison, tokens_of
@@ -256,6 +257,26 @@ def test_options_without_effect_are_refused(recipe: dict[str, Any], tmp_path: Pa
         with pytest.raises(SpecError, match=said):
             dt.compare(base | {"arms": [{"name": "a"} | extra]}, out=tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_comes_last_is_checked_first(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(arms, "run", lambda *_, **__: pytest.fail("an arm was made"))
+        for change, said in (
+            ({"samples": ["wood " * 99]}, r"(?s)model's context is 32.*samples, arm 'short'"),
+            ({"arms": [{"name": "a"}, {"name": "b", "swap": {"blocks.*.mixr": "gru"}}]}, r"(?s)mixr.*arm 'b'"),
+            ({"ngram": {"data": {"kind": "text", "path": "nowhere"}}}, "nowhere"),
+            ({"ngram": {"data": {"kind": "mnist", "path": ".", "split": "train"}}}, "'mnist'.*no text"),
+            ({"data": {"corpus": {"kind": "mnist", "path": ".", "split": "train"}}}, "'mnist'.*no text"),
+        ):
+            with pytest.raises(UserError, match=said):
+                dt.compare(recipe | change, out=tmp_path / "out", quiet=True)
+    heal = recipe["arms"][1]["heal"]
+    wild = heal | {"train": heal["train"] | {"lr": 1e30, "clip": 0.0}}
+    with pytest.raises(DivergedError, match=r"(?s)nan.*while healing.*arm 'wild', seed 0.*heal.train.lr"):
+        dt.compare(recipe | {"arms": [{"name": "wild", "heal": wild}]}, out=tmp_path / "out", quiet=True)
 
 
 def test_overrides_reach_into_lists(recipe: dict[str, Any], tmp_path: Path) -> None:

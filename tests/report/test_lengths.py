@@ -39,6 +39,7 @@ from dovetail.report.study import Study, study
 from dovetail.report.study_page import Found, Row, page
 from dovetail.report.text import recut
 from dovetail.spec import Spec, override
+from dovetail.training.loop import Run
 
 ROOT = Path(__file__).parents[2]
 SHORT, LONG = 96, 192
@@ -265,6 +266,22 @@ def recipe(folder: Path, trained: Path, corpus: dict[str, str]) -> dict[str, Any
         ],
         "out": str(folder / "out"),
     }
+
+
+@pytest.mark.usefixtures("here")
+def test_what_lengths_cannot_ask_is_said_before_the_training(
+    tmp_path: Path, trained: Path, corpus: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data: dict[str, Any] = recipe(tmp_path, trained, corpus) | {"published": []}
+    monkeypatch.setattr(Run, "train", lambda *_, **__: pytest.fail("it was trained"))
+    variant = {"name": "anew", "swap": {"blocks.*.mixer": "gru"}}
+    for change, said in (
+        ({"arms": [{"name": "rope", "variants": [variant]}]}, "variant 'anew'"),
+        ({"lengths": data["lengths"] | {"at": [SHORT - 1, LONG]}}, f"trained at {SHORT}"),
+        ({"lengths": data["lengths"] | {"symbols": ["glue", "qq"]}}, "lengths.symbols"),
+    ):
+        with pytest.raises(DovetailError, match=said):
+            study(data | change, quiet=True)
 
 
 @pytest.mark.usefixtures("here")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dovetail.data.table_to_text import E2E
-from dovetail.errors import SpecError, StoppedError
+from dovetail.errors import SpecError, StoppedError, UserError
 from dovetail.report import study as studies
 from dovetail.report.scores import nearest, questions, score
 from dovetail.report.study import Study, is_study, study
@@ -177,6 +177,25 @@ def test_nearest_shares_most_words() -> None:
 def test_refusals(tmp_path: Path, checkpoint: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         Study.load(asked(tmp_path, checkpoint) | change)
+
+
+def test_what_cannot_be_asked_is_said_before_it_is_trained(tmp_path: Path, checkpoint: Path, monkeypatch: Any) -> None:
+    data = asked(tmp_path, checkpoint)
+    base = data["base"]
+    text = {"kind": "text", "path": str(tmp_path / "train")}
+    alone = base | {"data": {"train": base["data"]["train"]}}
+    Study.load(data | {"base": alone}).check_asked()
+    for change, said in (
+        ({"base": alone, "main": "nats"}, r"(?s)held-out text, and this arm has none.*arm 'all'"),
+        ({"base": alone, "generate": None, "published": None}, "held-out text, and this arm has none"),
+        ({"base": base | {"data": {"train": text}}}, "trains on no pairs"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            study(data | change, quiet=True)
+    monkeypatch.setattr(Run, "train", lambda *_, **__: pytest.fail("it was trained"))
+    whole = data | {"generate": data["generate"] | {"sampling": {"max_new_tokens": 99}}}
+    with pytest.raises(UserError, match="99 new tokens leave no room"):
+        run_here(Study.load(whole), ("all", 0))
 
 
 def test_a_base_has_no_out_and_no_seed(tmp_path: Path, checkpoint: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dovetail.errors import RunError, SpecError, UserError
 from dovetail.hub import atomic
 from dovetail.training import checkpoint, fit
 from dovetail.training.alone import alone_in
+from dovetail.training.meters import Log
 from training.small import recipe
 
 
@@ -39,6 +42,32 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be written"):
         fit(data, [f"out={tmp_path / 'file'}"], progress=False)
+
+
+def test_a_disk_that_fills_up_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is that cannot be written; other files' errors are not the folder's."""
+    data, out = recipe(tmp_path, steps=1), tmp_path / "out"
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Log, "write", full)
+        with pytest.raises(RunError, match=r"(?s)cannot be written: No space left.*out.*free some space"):
+            fit(data, progress=False)
+    fit(data, progress=False)
+    log = (out / "log.jsonl").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", lambda path, *_, **__: full(path.write_bytes(b"")))
+        with pytest.raises(OSError, match="No space left"):
+            Log(out, 1)
+    assert (out / "log.jsonl").read_text() == log
+    (out / "result.json").unlink()
+    (out / "result.json").mkdir()
+    with pytest.raises(RunError, match=r"(?s)Is a directory.*result\.json"):
+        fit(data, resume=True, progress=False)
+    with pytest.raises(FileNotFoundError), alone_in(out):
+        (tmp_path / "elsewhere").read_text()
 
 
 def test_the_model_is_not_trained_over_itself(tmp_path: Path) -> None:

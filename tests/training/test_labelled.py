@@ -129,7 +129,15 @@ def shipped(folder: Path) -> Study:
 
 def test_every_arm_of_permuted_mnist_trains(tmp_path: Path) -> None:
     asked = shipped(tmp_path)
-    assert [arm.name for arm in asked.arms] == ["HiPPO-LegS", "S4", "S4, 60 epochs", "S4D", "LSTM", "Transformer"]
+    assert [arm.name for arm in asked.arms] == [
+        "HiPPO-LegS",
+        "S4",
+        "S4, 60 epochs",
+        "S4, 60 epochs, reversed bits",
+        "S4D",
+        "LSTM",
+        "Transformer",
+    ]
     for arm in asked.arms:
         run = Run(set_up(asked.recipe(arm, 0)), tmp_path / "run")
         before = {name: p.detach().clone() for name, p in run.model.named_parameters()}

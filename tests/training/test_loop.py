@@ -294,6 +294,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("<sep>".join("abc"))
     for overrides, error, message in [
         (["out=null"], SpecError, "no folder"),
+        (["out=''"], SpecError, "no folder"),
         (["model.vocab=17"], SpecError, "ids and the model 17"),
         (["tokenizer=null"], SpecError, "no tokenizer"),
         ([f"data.train.path={tmp_path / 'nowhere'}"], DataError, "nowhere"),

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dovetail as dt
 from dovetail.adapters import adapt
+from dovetail.kernels import twins
 from dovetail.objectives.next_token import cross_entropy
 from dovetail.parts.containers import StackModule
 from dovetail.parts.storage.int4 import Int4
@@ -53,6 +54,16 @@ def measured(name: str, case: str) -> float:
     """Bytes at the peak of a case of a results file."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     return next(r["peak_gb"] for r in rows if r["case"].endswith(case)) * 1e9
+
+
+def test_nothing_fake_stays_for_a_real_step() -> None:
+    """Kernels keep tables between calls: the next step would read numbers that are not there."""
+    model, tokens = tiny(blocks={"mixer": {"kind": "hippo", "order": 20}}), torch.zeros(1, 40, dtype=torch.long)
+    first = step_bytes(model, batch=2, length=40, device="cpu")
+    with twins.plain():
+        expected = model(tokens).logits
+    torch.testing.assert_close(model(tokens).logits, expected)
+    assert step_bytes(model, batch=2, length=40, device="cpu") == first
 
 
 @pytest.mark.parametrize(

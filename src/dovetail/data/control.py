@@ -42,5 +42,4 @@ class Controlled(Corpus):
 
     def documents(self) -> Iterator[str]:
         for code, corpus in zip(self.codes, self.corpora, strict=True):
-            assert isinstance(corpus, Corpus)
-            yield from (f"{code} {text}" if text else "" for text in corpus.documents())
+            yield from (f"{code} {text}" if text else "" for text in corpus.documents())  # type: ignore[attr-defined]

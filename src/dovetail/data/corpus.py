@@ -70,7 +70,16 @@ class Folder(Corpus):
         root = Path(self.path)
         if not root.is_dir():
             raise DataError("no such folder", where=self.path)
-        found = sorted((p for p in root.glob(self.glob) if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+        try:
+            found = sorted(
+                (p for p in root.glob(self.glob) if p.is_file()), key=lambda p: p.relative_to(root).as_posix()
+            )
+        except (ValueError, NotImplementedError, IndexError) as error:  # as Python versions have it
+            raise DataError(
+                f"the pattern {self.glob!r} cannot be searched: {error}",
+                where=self.path,
+                remedy="set glob to one below the folder, e.g. '**/*.py'",
+            ) from None
         if not found:
             raise DataError(f"no file matches {self.glob!r}", where=self.path, remedy="set glob, e.g. '**/*.py'")
         for path in found:
@@ -95,21 +104,21 @@ class JsonLines(Corpus):
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(FILE:LINE, object) of every line of a JSON Lines file; blank lines are passed over. Raises DataError."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # numbers and nestings beyond Python's limits, too
                     raise DataError(f"not JSON: {error}", where=where, remedy="give one JSON object a line") from None
                 if not isinstance(row, dict):
                     raise DataError("not a JSON object", where=where, remedy="give objects with a text field")
                 if "\\u" in line:
                     _check_encodable(row, where)
                 yield where, row
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
 
@@ -140,7 +149,7 @@ def read_text(path: Path) -> str:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
 

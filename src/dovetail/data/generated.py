@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,10 +105,8 @@ def write_numbers(ids: int, folder: Path) -> None:
     """A tokenizer of the words "0" .. "ids - 1" into `folder`; an id is its number."""
     fast = FastTokenizer(models.WordLevel({str(i): i for i in range(ids)}))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_whole(fast, folder / "tokenizer.json")
+    save_whole(fast, config, folder)
 
 
 def numbers(tokenizer: Tokenizer) -> int | None:

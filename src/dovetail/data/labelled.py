@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -62,6 +63,12 @@ class Labelled(Spec):
     def examples(self) -> LabelledSet:
         """Raises DataError for files that are missing or are not what they should be."""
         raise TypeError(f"{self.kind} does not say where its examples are")
+
+    def documents(self) -> Iterator[str]:
+        """Raises DataError: whoever reads documents wants a text."""
+        raise DataError(
+            f"a corpus {self.kind!r} has labelled examples, and no text", remedy="give a corpus of texts: {kind: text}"
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of the examples."""

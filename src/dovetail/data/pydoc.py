@@ -14,6 +14,7 @@ from typing import Literal
 from dovetail.data.corpus import Corpus, read_text
 from dovetail.errors import DataError
 from dovetail.spec import register
+from dovetail.spec.ranges import Count
 
 TRAIN: Sequence[str] = [
     "_collections_abc",
@@ -180,7 +181,7 @@ class Pydoc(Corpus):
     """Modules of the standard library, a file a document. limit: stop after so many characters (whole files)."""
 
     split: Literal["train", "held_out"] = "train"
-    limit: int | None = None
+    limit: Count | None = None
 
     def documents(self) -> Iterator[str]:
         used = 0

@@ -45,6 +45,14 @@ class E2E(Pairs):
 
     def _rows(self, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         rows = csv.DictReader(text.removeprefix("\ufeff").splitlines(keepends=True))
+        try:
+            yield from self._slots(rows)
+        except csv.Error as error:
+            raise DataError(
+                f"not CSV: {error}", where=f"{self.path}:{rows.line_num}", remedy="look for a quote that is not closed"
+            ) from None
+
+    def _slots(self, rows: csv.DictReader[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         if not {"mr", "ref"} <= set(rows.fieldnames or ()):
             raise DataError(
                 f"the columns are {', '.join(rows.fieldnames or ()) or 'none'}",

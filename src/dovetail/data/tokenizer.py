@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -87,25 +89,29 @@ def train_tokenizer(documents: Iterable[str], vocab: int, folder: str | Path, ma
         "eos_token": EOS,
         "clean_up_tokenization_spaces": False,
     } | ({"mask_token": MASK} if mask else {})
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_whole(fast, folder / "tokenizer.json")
+    save_whole(fast, config, Path(folder))
     return load_tokenizer(folder)
 
 
-def save_whole(fast: FastTokenizer, path: Path) -> None:
+def save_whole(fast: FastTokenizer, config: dict[str, Any], folder: Path) -> None:
     """Saves a tokenizer so that another process sees it whole or not at all: several may make the same one.
 
-    Raises RunError when the disk gives out.
+    Raises RunError when the disk gives out, or nothing can be written there.
     """
-    own = path.with_name(f"{path.name}.{os.getpid()}.part")
+    parts = {name: folder / f"{name}.{os.getpid()}.part" for name in ("tokenizer_config.json", "tokenizer.json")}
     try:
-        fast.save(str(own))
-        own.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts["tokenizer_config.json"].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        fast.save(str(parts["tokenizer.json"]))
+        for name, part in parts.items():
+            part.replace(folder / name)
     except Exception as error:  # the library has no class of its own for what the disk says
         raise RunError(
-            f"the tokenizer could not be written: {error}", where=str(path), remedy="free some space, and try again"
+            f"the tokenizer could not be written: {getattr(error, 'strerror', None) or error}",
+            where=str(folder),
+            remedy="free some space, or give another folder: data.cache, DOVETAIL_CACHE",
         ) from error
     finally:
-        own.unlink(missing_ok=True)
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()

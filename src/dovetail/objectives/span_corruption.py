@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dovetail.objectives.next_token import NextToken
 from dovetail.spec import register
-from dovetail.spec.ranges import Count, Positive, Share
+from dovetail.spec.ranges import Count, Positive
 
 
 @register(
@@ -25,7 +27,7 @@ class SpanCorruption(NextToken):
     114. Masks are drawn anew every epoch.
     """
 
-    density: Share = 0.15
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of all, a source of any length is three tokens
     span: Positive = 3.0
     sentinels: Count = 100
     closing: Literal["end", "sentinel"] = "end"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dovetail.errors import SpecError, UserError
+from dovetail.errors import DivergedError, SpecError, UserError
 from dovetail.parts.weights import Linear
 from dovetail.report import heal as healing
 from dovetail.report.measure import Quality, divergence, in_dtype, layer_errors, quality, token_nats
@@ -112,7 +112,7 @@ def run(
             trial.transplant = trial.transplant or done
             _score(trial, "as it is", model, _like(reference, base, model), reference, rows, seed, drawn)
         if arm.heal is not None:
-            model = healing.heal(model, arm.heal, seed, base)
+            model = _healed(model, base, arm, seed)
             _score(trial, "healed", model, _like(reference, base, model), reference, rows, seed, True)
         elif not drawn:
             break
@@ -124,7 +124,7 @@ def untested(base: Any, arm: Arm, length: int, seed: int, reference: Any) -> Tri
     model, done = _make(base, arm, seed)
     trial = Trial(arm, length, None, None, done, {"as it is": model})
     if arm.heal is not None:
-        trial.models["healed"] = healing.heal(model, arm.heal, seed, base)
+        trial.models["healed"] = _healed(model, base, arm, seed)
     trial.measured[trial.last] = _like(reference, base, trial.models[trial.last])
     return trial
 
@@ -175,6 +175,18 @@ def _make(base: Any, arm: Arm, seed: int) -> tuple[Any, Transplant | None]:
         how = f"kept as {arm.storage.kind}"
         done.moves += [Move(path, "approximate", how, counts[path], {"weight": e}) for path, e in errors.items()]
     return done.model, done
+
+
+def _healed(model: Any, base: Any, arm: Arm, seed: int) -> Any:
+    assert arm.heal is not None
+    try:
+        return healing.heal(model, arm.heal, seed, base)
+    except DivergedError as error:  # which names a folder that is gone
+        raise DivergedError(
+            f"{error.what}, while healing",
+            where=f"arm {arm.name!r}, seed {seed}",
+            remedy="lower heal.train.lr, lengthen heal.train.warmup or look at the data",
+        ) from None
 
 
 def _like(reference: Any, base: Any, model: Any) -> Any:

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dovetail.data import Corpus
-from dovetail.errors import SpecError
+from dovetail.errors import SpecError, UserError
 from dovetail.hub import atomic, load, load_tokenizer
 from dovetail.hub.remote import resolve
 from dovetail.report import arms, html, render
@@ -24,7 +23,8 @@ from dovetail.report.recipe import Comparison, tokens_of
 from dovetail.report.results import ArmResult, Result, Sample, first_of_length, named
 from dovetail.report.text import encoded, recut, rows_within, tokens_hash
 from dovetail.sampling import generate
-from dovetail.spec import diff
+from dovetail.sampling.limits import check_lengths
+from dovetail.spec import diff, override
 from dovetail.training.device import choose
 
 _CLAIMS = (
@@ -83,8 +83,8 @@ def compare(
 def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: str, begin: Any) -> Result:
     context = getattr(model.spec, "context", None)
     lengths = {arm.name: tokens_of(arm.length, context) for arm in asked.arms}
-    corpus = asked.data.corpus
-    assert isinstance(corpus, Corpus)
+    _check(asked, model, tokenizer)
+    corpus: Any = asked.data.corpus
     documents = [encoded(tokenizer, text)[0] for text in corpus.documents()]
     longest = rows_within(documents, max(lengths.values()), asked.data.tokens)
     rows = {length: recut(longest, length) for length in set(lengths.values())}
@@ -129,6 +129,24 @@ def _compare(asked: Comparison, model: Any, tokenizer: Any, command: str, out: s
         out=out,
         ngram=ngram,
     )
+
+
+def _check(asked: Comparison, model: Any, tokenizer: Any) -> None:
+    """Raises what the last arm, the n-grams and the samples would, once the others are healed and timed."""
+    later = [arm.heal.data for arm in asked.arms if arm.heal] + ([asked.ngram.data] if asked.ngram else [])
+    for corpus in later:
+        next(iter(corpus.documents()), None)  # type: ignore[attr-defined]
+    prompts = [len(tokenizer.encode(prompt)) for prompt in asked.samples]
+    for arm in asked.arms:
+        where = f"arm {arm.name!r}"
+        try:
+            spec = override(model.spec, arm.swap)
+        except SpecError as error:
+            raise SpecError(error.what, where=f"{where}: {error.where}", remedy=error.remedy) from None
+        try:
+            check_lengths(spec, max(prompts, default=0), asked.sample_tokens)
+        except UserError as error:
+            raise UserError(error.what, where=f"samples, {where}", remedy=error.remedy) from None
 
 
 def _arm(trial: arms.Trial, stage: arms.Stage, cost: Cost, base: Any) -> ArmResult:

@@ -259,6 +259,22 @@ def examine(
 
     Raises SpecError for a model that was trained at another length, and a variant that would start weights anew.
     """
+    papers, symbols = _papers(model, tokenizer, asked, seed), Wording.of(tokenizer, asked.symbols).symbols
+    found = {"": measured(model, papers, symbols, asked.buckets)}
+    for variant in variants:
+        see = asked.at[0] if variant.truncate else None
+        found[variant.name] = measured(_changed(model, variant, seed), papers, symbols, asked.buckets, see)
+    return found
+
+
+def check(model: Any, tokenizer: Any, asked: Lengths, variants: Sequence[Variant], seed: int) -> None:
+    """Raises what `examine` would once `model` is trained: before the training, which costs more."""
+    _papers(model, tokenizer, asked, seed)
+    for variant in variants:
+        _changed(model, variant, seed)
+
+
+def _papers(model: Any, tokenizer: Any, asked: Lengths, seed: int) -> dict[int, Exam]:
     context = getattr(model.spec, "context", None)
     if context not in (None, asked.at[0]):
         raise SpecError(
@@ -266,27 +282,25 @@ def examine(
             where="lengths.at",
             remedy=f"begin with {context}",
         )
-    papers, symbols = exams(tokenizer, asked, seed), Wording.of(tokenizer, asked.symbols).symbols
-    found = {"": measured(model, papers, symbols, asked.buckets)}
-    for variant in variants:
-        changed = model
-        if variant.swap:
-            where = f"variant {variant.name!r}"
-            try:
-                done = transplant(model, override(model.spec, variant.swap), seed=seed)
-            except (SpecError, BuildError) as error:
-                raise type(error)(error.what, where=f"{where}: {error.where}", remedy=error.remedy) from None
-            if done.reinitialised:
-                raise SpecError(
-                    f"a variant needs no training, and this one starts {done.reinitialised[0]} anew",
-                    where=where,
-                    remedy="make it an arm, and train it",
-                )
-            changed = done.model
-        found[variant.name] = measured(
-            changed, papers, symbols, asked.buckets, asked.at[0] if variant.truncate else None
+    return exams(tokenizer, asked, seed)
+
+
+def _changed(model: Any, variant: Variant, seed: int) -> Any:
+    """What is asked in the variant's place: the model itself where it is only truncated."""
+    if not variant.swap:
+        return model
+    where = f"variant {variant.name!r}"
+    try:
+        done = transplant(model, override(model.spec, variant.swap), seed=seed)
+    except (SpecError, BuildError) as error:
+        raise type(error)(error.what, where=f"{where}: {error.where}", remedy=error.remedy) from None
+    if done.reinitialised:
+        raise SpecError(
+            f"a variant needs no training, and this one starts {done.reinitialised[0]} anew",
+            where=where,
+            remedy="make it an arm, and train it",
         )
-    return found
+    return done.model
 
 
 def _percent(right: Tensor) -> float:

@@ -97,6 +97,20 @@ def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     )
 
 
+def kept_of_prompts(model: Any, length: int | None = None, **sampling: Any) -> int | None:
+    """How many ids of a prompt `generate_scores` keeps, None for all; raises what it would before it begins."""
+    for name in ("sacrebleu", "rouge_score.rouge_scorer"):
+        _library(name)
+    context, new = getattr(model.spec, "context", None), Sampling.of(**sampling).max_new_tokens
+    if length is None and context is not None:
+        length = context - new
+    if length is not None and length < 1:
+        raise UserError(
+            f"{new} new tokens leave no room for a prompt in a context of {context}", remedy="lower max_new_tokens"
+        )
+    return length
+
+
 def generate_scores(
     model: Any,
     tokenizer: Any,
@@ -116,19 +130,10 @@ def generate_scores(
     cuts nothing). Returns the scores and one text a prompt, in the order of the prompts, without space around it.
     Raises DataError for pairs that are empty, SpecError for options that do not exist, UserError without the libraries.
     """
-    for name in ("sacrebleu", "rouge_score.rouge_scorer"):  # before the model works for hours
-        _library(name)
+    length = kept_of_prompts(model, length, **sampling)  # before the model works for hours
     options = Sampling.of(**{"eos": tuple(tokenizer.eos_ids)} | sampling)
     asked = questions(pairs)[: limit or None]
     rows = encode_prompts(tokenizer, [question.prompt for question in asked])
-    context = getattr(model.spec, "context", None)
-    if length is None and context is not None:
-        length = context - options.max_new_tokens
-    if length is not None and length < 1:
-        raise UserError(
-            f"{options.max_new_tokens} new tokens leave no room for a prompt in a context of {context}",
-            remedy="lower max_new_tokens",
-        )
     rows = [row if length is None else row[-length:] for row in rows]
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

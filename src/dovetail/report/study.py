@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dovetail.adapters import trainable
-from dovetail.data import Pairs
 from dovetail.data.labelled import nearest_mean
 from dovetail.errors import DivergedError, DovetailError, RunError, SpecError, StoppedError
 from dovetail.hub import load, load_tokenizer
@@ -29,11 +28,11 @@ from dovetail.hub.remote import resolve
 from dovetail.kernels import twins
 from dovetail.report import clock, study_page
 from dovetail.report.cost import machine, state_bytes, versions
-from dovetail.report.lengths import Lengths, examine
+from dovetail.report.lengths import Lengths, check, examine
 from dovetail.report.ngram_rival import ngram_of_training
 from dovetail.report.plain import plain
 from dovetail.report.processes import processes, sigterm_handed_on
-from dovetail.report.scores import generate_scores, nearest, questions, score
+from dovetail.report.scores import generate_scores, kept_of_prompts, nearest, questions, score
 from dovetail.report.study_key import key as _key
 from dovetail.report.study_page import Curve, Found, Row
 from dovetail.report.study_recipe import METRICS, Arm, Generate, Study, model_of, row_name, said_only, slug, with_kept
@@ -70,6 +69,7 @@ def study(
     does not fit or has no such arm, StoppedError after a SIGTERM, and whatever a run raises.
     """
     whole = recipe if isinstance(recipe, Study) else Study.load(_given(recipe), overrides)
+    whole.check_asked()
     target = Path(out or whole.out)
 
     def place(arm: Arm, seed: int) -> Path:
@@ -234,6 +234,11 @@ def _made(asked: Study, arm: Arm, seed: int, key: str, folder: Path) -> dict[str
             size = {"key": key, "trainable": sum(p.numel() for p in trainable(run.model).values())}
             size |= {"parameters": parameter_count(run.model), "device": machine(run.device)}
             size |= {"state_bytes": state_bytes(run.model, recipe.train.length)}
+            if asked.lengths is not None:
+                with checkpoint.same_random():
+                    check(run.model, run.parts.tokenizer, asked.lengths, arm.variants, seed)
+            if asked.generate is not None:
+                kept_of_prompts(run.model, **asked.generate.sampling)
             if last:
                 run.restore(last[-1])
             start = time.perf_counter()
@@ -346,8 +351,6 @@ def _along(asked: Study, ask: Lengths, found: Mapping[tuple[str, int], dict[str,
 def _nearest(asked: Study, ask: Generate) -> dict[str, float]:
     """Scores of the trivial rival: the completion of the training prompt that shares most words with the question."""
     train: Any = asked.recipe(asked.arms[0], 0).data.train
-    if not isinstance(train, Pairs):
-        raise SpecError("the base trains on no pairs, and is asked for completions", where="base.data.train")
     wanted = questions(ask.data.pairs())[: ask.limit or None]  # type: ignore[attr-defined]
     scores = score(nearest(train.pairs(), [q.prompt for q in wanted]), [q.references for q in wanted])
     return {name: getattr(scores, name) for name in METRICS if hasattr(scores, name)}
@@ -356,8 +359,6 @@ def _nearest(asked: Study, ask: Generate) -> dict[str, float]:
 def _nearest_mean(asked: Study) -> float:
     """Accuracy, in percent, of the trivial rival: the class whose mean training example is nearest."""
     data: Any = asked.recipe(asked.arms[0], 0).data
-    if data.held_out is None:
-        raise SpecError("classes are told apart, and nothing is held out to ask", where="base.data.held_out")
     return 100 * nearest_mean(data.train.examples(), data.held_out.examples())
 
 

@@ -213,6 +213,24 @@ class Study(Section):
         timed = None if self.clock is None else self.clock.only(kept)
         return part.model_copy(update={"published": tables, "clock": timed})
 
+    def check_asked(self) -> None:
+        """Raises SpecError where an arm's training would end without what is asked of it."""
+        if not self.trains:
+            return
+        for arm in self.arms:
+            if self.claimed in HELD_OUT and self.recipe(arm, 0).data.held_out is None:
+                raise SpecError(
+                    f"{self.titles[self.claimed]} is of a held-out text, and this arm has none",
+                    where=f"arm {arm.name!r}",
+                    remedy="give base.data.held_out, or ask generate or lengths",
+                )
+        if self.generate is not None and not isinstance(self.recipe(self.arms[0], 0).data.train, Pairs):
+            raise SpecError(
+                "the base trains on no pairs, and is asked for completions",
+                where="base.data.train",
+                remedy="give pairs, e2e, webnlg or docstrings, or ask no generate",
+            )
+
     def recipe(self, arm: Arm, seed: int) -> Recipe:
         """The training recipe of one run. Raises SpecError naming the arm."""
         said = [override_of(path, value) for path, value in arm.change.items()]

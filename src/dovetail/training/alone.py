@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from dovetail.errors import RunError, UserError
 from dovetail.hub.atomic import lock
 
 LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def refuse_ranks() -> None:
@@ -29,7 +31,7 @@ def alone_in(out: Path) -> Iterator[None]:
     """Inside, no other process gets here for the same folder, which is made if need be.
 
     The lock ends with the process however that ends. Where the system has none, nothing is refused. A folder that is
-    still empty in the end goes. Raises UserError where another is at work, RunError where nothing can be written.
+    still empty in the end goes. Raises UserError where another is at work, RunError where nothing can be written, or no more.
     """
     refuse_ranks()
     made = not out.exists()
@@ -49,6 +51,15 @@ def alone_in(out: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except OSError as error:
+        within = Path(str(error.filename or out)).absolute().is_relative_to(out.absolute())
+        if error.errno not in _FULL and not within:
+            raise
+        raise RunError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(error.filename or out) if within else str(out),  # a copy's error names what is copied
+            remedy="free some space, or see to it that the folder can be written; then begin again, or go on with --resume",
+        ) from error
     finally:
         if descriptor is not None:
             with contextlib.suppress(OSError):

@@ -83,7 +83,7 @@ def fit(
     checkpoint written (in the first step, which may be compiling, it ends the process).
     """
     recipe = Recipe.load(source, overrides)
-    if recipe.out is None:
+    if not recipe.out:
         raise SpecError("the recipe names no folder to write", where="out", remedy="give out=runs/NAME")
     out = Path(recipe.out)
     if isinstance(recipe.model, str) and Path(recipe.model).resolve() == out.resolve():

@@ -23,7 +23,9 @@ class Log:
         if self.path.exists():  # lines of steps that a kill undid would be there twice
             kept = [(line, said) for line, said in _lines(self.path) if said["step"] <= start]
             self.scored = max((said["step"] for _, said in kept if "held_out_nats" in said), default=0)
-            self.path.write_text("".join(line for line, _ in kept), encoding="utf-8")
+            part = self.path.with_name(".log.jsonl.part")  # in one move: a full disk costs no line that is good
+            part.write_text("".join(line for line, _ in kept), encoding="utf-8")
+            part.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8")
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):

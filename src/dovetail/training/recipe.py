@@ -61,6 +61,8 @@ class Train(Section):
     off, the kernels' plain twins in fp32 (`kernels.twins`): slow, and what a fast run is to agree with.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)  # beside a Section's: none of these numbers may be infinite
+
     steps: int = Field(ge=1)
     batch: int = Field(default=8, ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -87,7 +89,7 @@ class Train(Section):
     eval_batches: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
     keep: int = Field(default=2, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "auto"
 
     # What may differ between the runs of one training: it changes no weight of the steps both share.

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dovetail.kernels import legs_recurrence
 from dovetail.kernels.counted import as_on
 from dovetail.objectives.next_token import cross_entropy
 from dovetail.parts.containers import StackModule
@@ -89,7 +90,7 @@ def step_bytes(
     blocks by Inductor's partition of their graphs. again: every how many blocks are checkpointed (0: none). Raises
     whatever the model raises for (batch, length) tokens alone.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _no_tables_kept():
         fake = faked(model).train()
         known = [*fake.parameters(), *fake.buffers()]
         live = Live(known)
@@ -104,6 +105,16 @@ def step_bytes(
                 del h
             (total / labels.numel()).backward()
         return live.peak
+
+
+@contextmanager
+def _no_tables_kept() -> Iterator[None]:
+    """Inside, tables that outlive a step are made anew, and so counted; they are fake, and none stays for a real step."""
+    legs_recurrence.matrices.cache_clear()
+    try:
+        yield
+    finally:
+        legs_recurrence.matrices.cache_clear()
 
 
 def saved_bytes(run: Any, known: Any = ()) -> int:
