@@ -244,6 +244,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="share rows"):
         adapt(fused, Lora(targets=("c_attn", "qkv:query")))
     _, tied = peers(tmp_path / "tied", tied=True)
+    with pytest.raises(SpecError, match=r"'lm_head' is tied to model.embed_tokens.weight"):
+        adapt(tied, Lora(targets=("q_proj", "lm_head")))
     adapt(tied, Lora(targets=("embed_tokens",)))
     with pytest.raises(ConfigError, match="tied"):
         save_adapter(tied, tmp_path / "adapter")
@@ -258,10 +260,26 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     adapt(ours, Lora(rank=2, targets=("q_proj",)))
     save_adapter(ours, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    for change in ({"modules_to_save": ["lm_head"]}, {"peft_type": "HRA"}, {"new_thing": 3}, {"bias": "all"}):
+    senseless: list[dict[str, Any]] = [{"lora_alpha": "x"}, {"rank_pattern": 3}, {"r": 2.5}, {"target_modules": 3}]
+    for change in (
+        {"modules_to_save": ["lm_head"]},
+        {"peft_type": "HRA"},
+        {"new_thing": 3},
+        {"bias": "all"},
+        *senseless,
+    ):
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ConfigError, match=next(iter(change))):
             load_adapter(dt.load(tmp_path / "base"), tmp_path / "adapter")
+
+
+def test_a_load_that_fails_leaves_what_learns_learning(tmp_path: Path) -> None:
+    save_adapter(adapt(decoder(depth=3), Lora(rank=2)), tmp_path, format="dovetail")
+    for model in (decoder(), adapt(decoder(), Lora(rank=3), name="mine")):
+        learning, used = list(trainable(model)), active(model)
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load_adapter(model, tmp_path)
+        assert list(trainable(model)) == learning and learning and active(model) == used
 
 
 def test_targets_by_every_name(tmp_path: Path) -> None:

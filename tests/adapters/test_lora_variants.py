@@ -435,6 +435,25 @@ def test_dora_around_another_and_on_codes() -> None:
     assert all(n.split(".")[-1][0] in "abm" for n in trainable(model))
 
 
+def test_dora_on_rows_that_are_zero() -> None:
+    """Pruned rows, and the added layers of `grow_depth`, have no length to divide by: the model as it was, and it learns."""
+    model, x = decoder(), tokens()
+    with torch.no_grad():
+        model.blocks[0].mixer.out.weight.zero_()
+        model.blocks[1].mixer.qkv.weight[3:5] = 0.0
+        model.embedding.table.weight[:, 7] = 0.0
+    before = model(x).logits
+    adapt(model, Dora(rank=2, targets=("out", "qkv", "embedding.table")))
+    assert torch.equal(model(x).logits, before)
+    model(x).logits.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in trainable(model).values() if p.grad is not None)
+    assert model.blocks[0].mixer.out.adapters["default"].b0.grad.any()
+    stir(model)
+    after = model(x).logits
+    assert after.isfinite().all()
+    near(merge(model)(x).logits, after, 2e-5)
+
+
 def test_bf16_starts_are_exactly_the_model() -> None:
     x = tokens()
     for spec in (

@@ -25,6 +25,7 @@ import dovetail as dt
 from dovetail.adapters import adapt, adapters, load_adapter, merge, off, remove, route, save_adapter, trainable, use
 from dovetail.adapters.virtual import flatten
 from dovetail.errors import BuildError, CheckpointError, ConfigError, DataError, RunError, SpecError, UserError
+from dovetail.surgery import quantise
 from oracles import oracle_for
 
 VOCAB, P = 61, 4
@@ -289,6 +290,21 @@ def prefixed_like(model: Any, other: Any, hidden: int | None) -> Any:
     return model
 
 
+def test_before_maps_that_are_kept_in_codes() -> None:
+    """An attention whose maps are all in codes has no parameter of its own."""
+    model, x = decoder(), ids(2, 9)
+    quantise(model, "int8")
+    prefixed(model)
+    dense = decoder()
+    dense.load_state_dict(
+        {name: t for name, t in model.state_dict().items() if name in dense.state_dict()}, strict=False
+    )
+    for path, place in dense.named_modules():
+        if getattr(model.get_submodule(path), "stored", None) is not None:
+            place.weight.data = model.get_submodule(path).dense()
+    close(model(x).logits, prefixed_like(dense, model, None)(x).logits)
+
+
 def test_beside_a_position_that_is_a_prefix_itself() -> None:
     model = prefixed(decoder({"kind": "prefix", "length": 3, "position": "rope"}))
     x = ids(2, 7)
@@ -448,6 +464,20 @@ def test_refusals() -> None:
         adapt(decoder(), {"kind": "prefix", "at": ["cross"]})
     with pytest.raises(SpecError, match="peft_seq2seq"):
         adapt(decoder(), {"kind": "prefix", "order": "peft_seq2seq"})
+
+
+def test_peft_files_of_another_arrangement_are_refused(tmp_path: Path) -> None:
+    """A language model's prefix is not one of three, and an encoder-decoder's order means nothing without its layers."""
+    languages = get_peft_model(peer("gpt2"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    languages.save_pretrained(tmp_path / "one")
+    both = get_peft_model(peer("bart"), PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P))
+    both.save_pretrained(tmp_path / "two")
+    for kind, folder in (("bart", "one"), ("gpt2", "two")):
+        peer(kind).save_pretrained(tmp_path / kind)
+        model = dt.load(tmp_path / kind)
+        with pytest.raises((ConfigError, SpecError), match=r"self-attention alone|of an encoder-decoder"):
+            load_adapter(model, tmp_path / folder)
+        assert not adapters(model)
 
 
 def test_attention_stays_as_it_was_without_one() -> None:

@@ -107,3 +107,39 @@ def test_heads_of_another_width_share_nothing_even_at_equal_shapes() -> None:
     assert all(".mixer." in name for name in result.reinitialised)
     assert "blocks.0.mixer.qkv.weight" in result.reinitialised
     assert {m.how for m in result.moves} == {"on request"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "how"),
+    [
+        ({"blocks.1.feedforward": None}, "blocks.1.feedforward", "the feedforward is gone: no bound"),
+        ({"norm": None}, "norm", "the norm is gone: no bound"),
+        ({"depth": 1}, "blocks.1", "the block is gone: no bound"),
+        (
+            {"head": {"kind": "ref", "path": "embedding"}},
+            "head_part",
+            "one table for both, the mean of embedding and head",
+        ),
+    ],
+)
+def test_what_is_gone_with_its_weights_is_said(changes: dict[str, object], path: str, how: str) -> None:
+    old = model()
+    done = transplant(old, dt.override(old.spec, changes))
+    assert done.dropped and {m.path: (m.exactness, m.how) for m in done.moves}[path] == ("approximate", how)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "change", "how"),
+    [
+        ({"kind": "gru"}, {"bias": False}, "bias_ih_l0 dropped"),
+        ({"kind": "latent", "rank": 8}, {"scale": 0.5}, "scale 0.5 in place of None"),
+        ({"kind": "attention", "position": "kerple"}, {"position.form": "power"}, "position kerple(form=power)"),
+    ],
+)
+def test_other_options_of_parts_without_a_map_of_their_own_are_said(
+    mixer: dict[str, object], change: dict[str, object], how: str
+) -> None:
+    old = dt.build({"kind": "decoder", "vocab": 50, "dim": 32, "depth": 1, "context": 16, "blocks": {"mixer": mixer}})
+    done = transplant(old, dt.override(old.spec, {f"blocks.*.mixer.{name}": value for name, value in change.items()}))
+    (move,) = done.moves
+    assert move.exactness == "approximate" and how in move.how and not done.reinitialised

@@ -170,6 +170,12 @@ def test_magnitude_pruning_leaves_the_largest() -> None:
         ),
         (lambda: surgery.prune_neurons(llama(), 21), "hidden is 21"),
         (lambda: surgery.prune_neurons(made({"blocks": {"feedforward": None}}), 2), "no neurons"),
+        (
+            lambda: surgery.absorb_scales(
+                made({"blocks": {"mixer": {"kind": "attention", "position": "deberta"}, "norm": {"kind": "rms"}}})
+            ),
+            "through the mixer's own maps",
+        ),
         (lambda: surgery.magnitude_prune(llama(), 1.5), "a share of 1.5"),
         (lambda: surgery.magnitude_prune(llama(), (4, 4)), "4 of every 4"),
         (lambda: surgery.magnitude_prune(llama(), (2, 7)), "no multiple of 7"),

@@ -27,10 +27,19 @@ class PeftConfig:
         self.used = set(_INERT)
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The key's value; `default` where it is absent or null."""
+        """The key's value; `default` where it is absent or null. Raises ConfigError for one of another type than that."""
         self.used.add(key)
         value = self.data.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        wanted = _TYPES.get(type(default), object)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted == _TYPES[int]):
+            raise self.senseless(f"{key}={value!r}")
+        return value
+
+    def senseless(self, what: str) -> ConfigError:
+        """The error for a value that PEFT cannot have written."""
+        return ConfigError(f"{what} makes no sense here", where=self.where, remedy="mend the file, or save it anew")
 
     def refuse(self, key: str, *unless: Any) -> None:
         """Raises ConfigError when the key says anything but nothing, or one of `unless`."""
@@ -45,6 +54,8 @@ class PeftConfig:
         said = self.take("target_modules")
         if isinstance(said, str):
             return self.modules()
+        if not isinstance(said, list | None) or not all(isinstance(name, str) for name in said or ()):
+            raise self.senseless(f"target_modules={said!r}")
         return None if said is None else tuple(said)
 
     def modules(self) -> tuple[str, ...]:
@@ -75,6 +86,9 @@ class PeftConfig:
             )
 
 
+_TYPES: dict[type, Any] = {
+    bool: (bool, str), int: (int, float), float: (int, float), str: str, list: (list, str), dict: dict,
+}  # fmt: skip
 _INERT = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
     "ensure_weight_tying", "runtime_config", "megatron_core", "layers_pattern",
@@ -213,6 +227,16 @@ def sites(model: nn.Module, targets: Iterable[str] | None, *, tables: bool = Tru
             found.append(Site(site.path, site.place, tuple(kept)))
     for target in wanted:
         if target not in hit:
+            aliases = pieces(model)[1] if has_names(model) else {}
+            tied = next(
+                (owner for name, owner in aliases.items() if matches(target, name.removesuffix(".weight"))), None
+            )
+            if tied is not None:
+                raise SpecError(
+                    f"the target {target!r} is tied to {tied}: one table is both, and an adapter on one would change both",
+                    where="targets",
+                    remedy="leave it out, or untie a decoder's head first (surgery.untie)",
+                )
             ends = sorted({name.rsplit(".", 1)[-1] for site in known for s in site.segments for name in s.names})
             raise SpecError(
                 f"the target {target!r} names no weight of this model",

@@ -88,8 +88,9 @@ class Scaled(LowRank):
         return _wide(place.dense())
 
     def factors(self) -> list[Tensor]:
-        """m / ‖W + scale · B A‖ of every segment; exactly 1 at the start."""
-        return [m / norm for m, norm in zip(self.ms, self.norms(), strict=True)]
+        """m / ‖W + scale · B A‖ of every segment; exactly 1 at the start, and for rows that are zero, which have no length."""
+        pairs = [(m, norm, norm == 0) for m, norm in zip(self.ms, self.norms(), strict=True)]
+        return [(m / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0) for m, norm, zero in pairs]
 
     def forward(self, run: Run, x: Tensor) -> Tensor:
         y = run(x)

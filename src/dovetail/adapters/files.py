@@ -72,7 +72,7 @@ def load_adapter(model: Any, path: str | Path, *, name: str = "default") -> Any:
     """
     folder = Path(path)
     spec, stored = read(folder)
-    before = many.active(model)
+    before, learning = many.active(model), many.trainable(model)
     many.adapt(model, spec, name=name)
     try:
         if (folder / PEFT).exists():
@@ -83,6 +83,8 @@ def load_adapter(model: Any, path: str | Path, *, name: str = "default") -> Any:
     except Exception:
         many.remove(model, name)
         many.use(model, *before)
+        for parameter in learning.values():
+            parameter.requires_grad_(True)
         raise
     for key, parameter in model.named_parameters():
         if f".{ADAPTERS}.{name}." in f".{key}":
@@ -102,7 +104,7 @@ def read(folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
         )
     stored = {key.removeprefix(AdapterSpec.peft_prefix): t for key, t in stored.items()}
     config = PeftConfig(files.read_json(folder / PEFT), str(folder / PEFT), stored)
-    wanted = config.take("peft_type")
+    wanted = config.take("peft_type", "")
     known: dict[str, list[type[Any]]] = {}
     for kind in kinds("adapter"):
         cls: Any = entry("adapter", kind).cls
@@ -113,7 +115,10 @@ def read(folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
             f"peft_type {wanted!r} is not supported", where=config.where, remedy=f"known: {', '.join(sorted(known))}"
         )
     cls = next((c for c in known[wanted] if c.recognises(config.data)), known[wanted][0])
-    spec = cls.from_peft(config)
+    try:
+        spec = cls.from_peft(config)
+    except (TypeError, ValueError) as error:  # of the spec's own fields among them: a rank of 2.5, a dropout of 3
+        raise config.senseless(" ".join(str(error).split())) from None
     config.finish()
     return spec, stored
 

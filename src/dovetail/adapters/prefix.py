@@ -77,7 +77,7 @@ class Prefix(VirtualSpec):
             spans = _spans([layer for _, layer in layers])
             draw = rng(seed, where, name)
             width = sum(spans[0])
-            device = next(layers[0][1].parameters()).device
+            device = next(model.parameters()).device  # a layer whose maps are in codes may have none
             source: Any = self._source(sum(map(sum, spans)), width // 2, draw)
             if started is not None:
                 source.weight.data.copy_(started)
@@ -108,6 +108,12 @@ class Prefix(VirtualSpec):
             return self.at or ("encoder", "cross", "decoder")
         if self.at not in (None, ("decoder",)):
             raise SpecError(f"a language model has no {', '.join(self.at or ())}", where="at", remedy="leave `at` out")
+        if self.order != "layers":
+            raise SpecError(
+                f"order={self.order!r} is of the decoder of an encoder-decoder, and this is none",
+                where="order",
+                remedy="leave order out; a PEFT file that says so was trained on an encoder-decoder",
+            )
         return ("decoder",)
 
     def _layers(self, model: Any, where: Where) -> list[tuple[str, AttentionModule]]:
@@ -191,13 +197,18 @@ class Prefix(VirtualSpec):
         which: Any = {"at": ("decoder",), "order": "peft_seq2seq"} if seq2seq else {}
         return cls(length=peft_sizes(config), **which)
 
-    def to_peft(self, model: Any, name: str) -> dict[str, Any]:
+    def _check_peft(self, model: Any) -> None:
+        """Raises ConfigError for prefixes elsewhere than before the decoder's self-attention."""
         if self._places(model) != ("decoder",):
             raise ConfigError(
                 "PEFT's layout says prefixes of the decoder's self-attention alone",
                 where="at",
-                remedy='save it with format="dovetail", or train with at=("decoder",), order="peft_seq2seq"',
+                remedy='save it with format="dovetail", or train with at=("decoder",), order="peft_seq2seq"; '
+                "on an encoder-decoder PEFT's config says num_transformer_submodules=2",
             )
+
+    def to_peft(self, model: Any, name: str) -> dict[str, Any]:
+        self._check_peft(model)
         if hasattr(model, "encode") and self.order != "peft_seq2seq":
             raise ConfigError(
                 "PEFT gives layer i of an encoder-decoder the prefix of layer 2i mod layers, and this one gives it its own",
@@ -220,6 +231,7 @@ class Prefix(VirtualSpec):
         }
 
     def peft_tensors(self, model: Any, name: str) -> dict[str, Tensor]:
+        self._check_peft(model)  # what the layout cannot say would stay as it was drawn
         home: Any = (getattr(model, "decoder_front", None) or model.front).attached()[name]
         source = home.sources["decoder"]
         return {"prompt_embeddings": source.weight if self.hidden is None else source.columns(0, source.width)}

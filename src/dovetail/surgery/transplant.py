@@ -124,6 +124,8 @@ def transplant(model: Any, new: Spec, *, seed: int = 0, fresh: Iterable[str] = (
         why = "its weights mean something else there" if other else "nothing to carry it from"
         how = "on request" if anew.issuperset(names) else why
         result.moves.append(Move(path, "reinitialised", how, sum(wanted[n].numel() for n in names)))
+    told = {*maps, *(move.path for move in result.moves)}
+    result.moves += _gone(result.dropped, told, old_parts, new_parts)
     for name, target in wanted.items():
         dtype = old[name].dtype if name in old else weight.dtype
         if target.dtype != dtype:
@@ -150,17 +152,42 @@ def _mapped(
         found = (entry.function(model.spec, new, old) or {}) | found
     for path, part in new_parts.items():
         before = old_parts.get(path)
-        mapping = None if before is None or before == part or path in found else find_map(before, part)
+        mapping = None if before is None or path in found else find_map(before, part)
         if before is None or mapping is None:
             continue
         prefix = f"{path}." if path else ""
         local = {n.removeprefix(prefix): t for n, t in old.items() if _owner(n, old_parts) == path}
         module, stood = grown.get_submodule(path), model.get_submodule(path)
+        if before == part and _shapes(module, local) == _shapes(stood, local):
+            continue  # a part may also have other sizes because the model has: a table of positions, its context
         place = Place(getattr(new, "dim", 0), module, getattr(new, "context", None), stood)
         mapped = mapping(before, part, local, place)
         if mapped is not None:
             found[path] = mapped
     return {path: ([n for n, owner in owners.items() if owner == path], mapped) for path, mapped in found.items()}
+
+
+def _gone(
+    dropped: Iterable[str], told: set[str], old_parts: Mapping[str, Spec], new_parts: Mapping[str, Spec]
+) -> list[Move]:
+    """Of weights that are dropped from parts of which no move speaks: what the parts did with them is lost."""
+    found: dict[str, list[str]] = {}
+    for name in dropped:
+        steps = _owner(name, old_parts).split(".")
+        above = [".".join(steps[: n + 1]) for n in range(len(steps))]
+        if not told.intersection(above):
+            path = next((p for p in above if p in old_parts and p not in new_parts), above[-1])
+            found.setdefault(path, []).append(name.removeprefix(f"{path}." if path else ""))
+    how = {
+        path: f"{', '.join(names)} dropped" if path in new_parts else f"the {old_parts[path].category} is gone"
+        for path, names in found.items()
+    }
+    return [Move(path, "approximate", f"{said}: no bound", 0) for path, said in how.items()]
+
+
+def _shapes(module: nn.Module, names: Iterable[str]) -> dict[str, torch.Size]:
+    """Of those of a part's parameters that it has."""
+    return {name: p.shape for name, p in module.named_parameters() if name in names}
 
 
 def _refuse_lost(

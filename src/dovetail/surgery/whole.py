@@ -15,6 +15,7 @@ from dovetail.parts.feedforward.glu import Glu
 from dovetail.parts.feedforward.mlp import Mlp
 from dovetail.parts.norm import RmsNorm
 from dovetail.spec import Ref
+from dovetail.spec.paths import walk
 from dovetail.surgery.assemble import assembled, decoder_of, weights_of
 from dovetail.surgery.maps.feedforward import READS
 from dovetail.surgery.maps.norm import folded_spec
@@ -58,6 +59,12 @@ def absorb_scales(model: Any) -> Transplant:
         plain = type(block) in (PreNorm, Parallel) and getattr(block, "cross", None) is None
         if not plain or not isinstance(mixer, Attention) or not isinstance(ff, Mlp | Glu | None):
             raise SpecError(f"absorb_scales: a {block.kind!r} block of a {mixer.kind!r}", where=here)
+        if any(part.kind == "deberta" for _, part in walk(mixer.position)):
+            raise SpecError(
+                "absorb_scales: a position whose distances go through the mixer's own maps, which no norm is before",
+                where=f"{here}.mixer.position",
+                remedy="swap the position first",
+            )
         norm: Any = block.norm  # type: ignore[attr-defined]
         reads = [f"{here}.feedforward.{READS[ff.kind][0]}"] if ff is not None else []
         if getattr(block, "shared", False):

@@ -108,7 +108,7 @@ def projections(old: Spec, new: Spec, tensors: Mapping[str, Tensor], place: Plac
     if before is None or after is None:
         without = new.kind if after is None else old.kind
         why = f"no map leads from {old.kind!r} to {new.kind!r}: {without} does not read the stream into heads of queries, keys and values"
-        return None if same else Mapped({}, "reinitialised", why)
+        return _optioned(old, new, tensors, place) if same else Mapped({}, "reinitialised", why)
     found = _Carried()
     for name in dict.fromkeys(piece.name for piece in after.pieces.values()):
         _read(found, name, before, after, tensors, place, same)
@@ -130,6 +130,14 @@ def projections(old: Spec, new: Spec, tensors: Mapping[str, Tensor], place: Plac
     whole = {name: [(0, t.shape[0])] for name, t in found.tensors.items()}
     exactness: Exactness = "approximate" if found.lost or changed else "exact"
     return Mapped(found.tensors, exactness, words, found.pooled if same else whole, found.drawn, errors)
+
+
+def _optioned(old: Spec, new: Spec, tensors: Mapping[str, Tensor], place: Place) -> Mapped | None:
+    """A mixer without heads and with other options: the weights that fit as they are, which do something else."""
+    shapes = {name: p.shape for name, p in place.module.named_parameters()}
+    kept = {name: t for name, t in tensors.items() if shapes.get(name) == t.shape}
+    changed = [f"{what}: no bound" for what in _changed(old, new)]
+    return Mapped(kept, "approximate", "; ".join(changed)) if changed and kept else None
 
 
 def _read(

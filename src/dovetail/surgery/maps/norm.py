@@ -56,6 +56,37 @@ def with_mean(old: RmsNorm, new: LayerNorm, tensors: Mapping[str, Tensor], place
     )
 
 
+@weight_map("norm", "layer", "layer", gives=("exact", "approximate"), source="Ba et al. 2016")
+@weight_map("norm", "rms", "rms", gives=("exact", "approximate"), source="Zhang and Sennrich 2019, eq. 4")
+def other_options(old: Any, new: Any, tensors: Mapping[str, Tensor], place: Place) -> Mapped | None:
+    """The same scale beside another offset, or a scale of ones and a bias of zeros where there were none: exact.
+
+    A scale or bias that goes is lost, and another eps is another function.
+    """
+    out: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    said: list[str] = []
+    lost: list[str] = []
+    before, after = getattr(old, "offset", 0.0), getattr(new, "offset", 0.0)
+    for name, word, start in (("weight", "scale", 1.0), ("bias", "bias", 0.0)):
+        there, here = tensors.get(name), getattr(place.module, name, None)
+        shift, wanted = (before, after) if name == "weight" else (0.0, 0.0)
+        if here is not None:
+            out[name] = torch.full_like(here, start - wanted) if there is None else there + (shift - wanted)
+            said += [f"the {word} begins at {start:g}"] if there is None else []
+            said += (
+                [f"the scale is kept beside an offset of {after:g}"] if there is not None and shift != wanted else []
+            )
+        elif there is not None:
+            act = there + shift
+            errors[name] = relative_error(act, torch.full_like(act, start))
+            lost.append(f"the {word} is lost: no bound")
+    lost += [f"eps {new.eps:g} in place of {old.eps:g}: no bound"] if old.eps != new.eps else []
+    if not said and not lost:
+        return None
+    return Mapped(out, "approximate" if lost else "exact", "; ".join(said + lost), errors=errors)
+
+
 def folded_spec(spec: Any, rms: RmsNorm | None = None) -> Decoder:
     """The spec that can hold a decoder of LayerNorms with their means and biases folded away.
 

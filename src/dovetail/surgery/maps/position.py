@@ -42,8 +42,13 @@ def another(old: Spec, new: Spec, tensors: Mapping[str, Tensor], place: Place) -
     rotations have no weights, the mixer's maps are carried exactly: but the function is another, until it is healed.
     Where both give the same up to some length (a ReRoPE its window, LogN the trained length), that is said.
     """
-    if any(True for _ in place.module.parameters()):
-        return None  # a position with weights of its own starts anew or not at all; options of one kind keep them
+    weights = {name: p.shape for name, p in place.module.named_parameters()}
+    if weights:  # it starts anew or not at all; one of the same kind keeps them, and options change what they do
+        names = [n for n in type(new).model_fields if n != "dropout" and old.kind == new.kind]
+        changed = any(getattr(old, n) != getattr(new, n) for n in names)
+        if not changed or any(weights.get(name) != t.shape for name, t in tensors.items()):
+            return None
+        return Mapped(dict(tensors), "approximate", f"position {brief(new)} in place of {brief(old)}: no bound")
     alike = same_up_to(old, new, place.context)
     if alike == math.inf:
         return None

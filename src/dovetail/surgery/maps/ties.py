@@ -51,4 +51,5 @@ def tied(old: Any, new: Any, tensors: Mapping[str, Tensor], rows: str = "mean") 
     source = "the mean of embedding and head" if rows == "mean" else f"the rows of the {rows}"
     approximate = {"table.weight": [(0, one.shape[0])]}
     how = f"one table for both, {source}{lost}"
-    return {"embedding": Mapped({"table.weight": one}, "approximate", how, approximate, errors=errors)}
+    both = Mapped({"table.weight": one}, "approximate", how, approximate, errors=errors)
+    return {"embedding": both, "head_part": Mapped({}, "approximate", how)}
