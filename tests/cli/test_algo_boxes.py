@@ -115,3 +115,30 @@ def test_what_is_refused(
     code, _, err = run(capsys, monkeypatch, command, written(tmp_path / "file", [row]), *options)
     assert code == 2
     assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    "row", [{"box": [0, 0, True, 1]}, {"box": [0, 0, 1, 1], "class": 10**20}, {"box": [0, 0, 1, 1], "score": True}]
+)
+def test_numbers_that_are_none_are_told_with_their_line(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]
+) -> None:
+    file = tmp_path / "boxes"
+    file.write_text("\n\n" + json.dumps(row))
+    code, _, err = run(capsys, monkeypatch, "boxes", file)
+    assert code == 2 and "boxes, line 3" in err
+    big = written(file, [{"box": [0, 0, 10**30, 1], "score": 10**30}])
+    code, out, err = run(capsys, monkeypatch, "boxes", big, "--nms", 0.5)
+    assert code == 0 and "kept at 0.5: 1 of 1" in out, err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [("boxes", '"box": [x1, y1, x2, y2], "score"'), ("masks", '"polygons": [[x, y, ...]]'), ("ngram", "modified-kneser-ney (")],
+)  # fmt: skip
+def test_help_shows_what_stands_in_brackets(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, command: str, says: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    code, out, _ = run(capsys, monkeypatch, command, "--help")
+    assert code == 0 and says in out

@@ -69,6 +69,8 @@ def test_a_rate_in_pieces_and_a_log_of_json_lines(
         (("--rate", "3:5", "--duration", "5"), "begins at 3"),
         (("--rate", "0:5,9:1", "--duration", "5"), "rising edges"),
         (("--rate", "5", "--duration", "5", "--bins", "3"), "--bins"),
+        (("--rate", "5", "--duration", "5", "--confidence", "0.9"), "--confidence"),
+        (("any.log", "--seed", "3"), "--seed"),
         (("none.txt",), "no file"),
     ],
 )
@@ -97,7 +99,17 @@ def test_extrema_of_a_column(
     assert "4 of 60 numbers above" in out
     assert [line.split()[0] for line in out.splitlines()[-2:]] == [str(p) for p in (9, 31)]
     column.write_text("1\n")
-    for args, said in ((("--window", "4"), "middle"), ((), "--threshold")):
+    for args, said in ((("--window", "4"), "middle"), (("--threshold", "nan"), "--threshold"), ((), "--threshold")):
         code, _, err = run(capsys, monkeypatch, "extrema", column, *(("--threshold", "0", *args) if args else ()))
         assert code == 2
         assert said in err
+
+
+def test_one_span_of_arrivals_has_no_dispersion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"
+    log.write_text("0.5\n1.5\n2\n7\n9\n")
+    code, out, _ = run(capsys, monkeypatch, "arrivals", log, "--bins", 1, "--json")
+    assert code == 0 and json.loads(out)["index of dispersion"] is None
+    assert "nan" not in run(capsys, monkeypatch, "arrivals", log, "--bins", 1)[1]

@@ -42,9 +42,19 @@ def test_train_save_and_ask(
         (("v.bin", "--set", "dim=3"), "say how to train"),
         (("v.bin", "--analogy", "one two"), "not three words"),
         (("text.txt", "--set", "dim"), "not name=value"),
+        (("text.txt", "--set", "dim=[1"), "the value of dim is not YAML"),
+        (("text.txt", "--set", "min_count=3"), "give --min-count"),
+        (("text.txt", "--save", str(tmp_path / "text.txt")), "would be overwritten"),
+        (("v.bin", "--rule", "3cosmul", "--nearest", "tawa"), "does not read --rule"),
+        (("v.bin", "--count", "3"), "does not read --count"),
         (("text.txt", "--set", "widow=3"), "did you mean 'window'"),
         (("none.txt",), "no text file"),
     ]:
         code, _, err = run(monkeypatch, capsys, str(tmp_path / argv[0]), *argv[1:])
         assert code == 2
         assert message in err
+    assert (tmp_path / "text.txt").read_text() == text
+    (tmp_path / "one.tsv").write_text("tawa\ttawb\t3\n")
+    asked = (str(tmp_path / "v.bin"), "--pairs", str(tmp_path / "one.tsv"))
+    assert json.loads(run(monkeypatch, capsys, *asked, "--json")[1])["similarity"]["spearman"] is None
+    assert "nan" not in run(monkeypatch, capsys, *asked)[1]

@@ -82,6 +82,7 @@ def test_list_names_every_part_as_json(run: Run) -> None:
 def test_list_of_an_unknown_category(run: Run) -> None:
     code, _, err = run("list", "mixr")
     assert code == 2 and "did you mean 'mixer'?" in err and "Traceback" not in err
+    assert "did you mean 'layout'?" in run("list", "layuot")[2]
 
 
 def test_show_tree_plan_and_json(run: Run, tiny: Path) -> None:
@@ -108,6 +109,8 @@ def test_generate_is_greedy_and_reproducible(run: Run, tiny: Path) -> None:
     assert first[0] == 0 and last(first[1]) == last(second[1])
     model, tokenizer = dt.load(tiny), dt.load_tokenizer(tiny)
     assert last(first[1])[0]["text"] == dt.generate(model, tokenizer, "def f", max_new_tokens=8, temperature=0)
+    drawn = ("generate", tiny, "--prompt", "def f", "--max-new-tokens", 8)  # by seed 0 unless another is given
+    assert run(*drawn)[1] == run(*drawn)[1] == run(*drawn, "--seed", 0)[1] != run(*drawn, "--seed", 1)[1]
 
 
 def test_generate_names_what_it_does_not_apply(run: Run, tiny: Path, tmp_path: Path) -> None:

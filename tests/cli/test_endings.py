@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from dovetail.cli.failure import failure_of
+from dovetail.cli.machine import to_json
 from dovetail.cli.main import main
 from dovetail.cli.pipes import Piped
 from dovetail.training import loop
@@ -144,3 +147,29 @@ def test_a_listing_into_head() -> None:
 
 def test_ends_that_are_no_failures() -> None:
     assert failure_of(SystemExit(0)) is None and failure_of(SystemExit()) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_full_disk_is_told(run: Run, monkeypatch: Any) -> None:
+    for args in (("list",), ("list", "mask", "--json"), ("list", "mask")):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patched:  # noqa: PTH123
+            patched.setattr(sys, "stdout", full)
+            code, _, err = run(*args)
+        assert code == 1 and err.startswith("error: the output cannot be written: No space left"), err
+
+
+def test_streams_that_were_closed_before(run: Run, monkeypatch: Any) -> None:
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, name, None)
+            assert run("list", "mask")[0] == 0
+
+
+def test_json_in_an_encoding_that_lacks_its_characters(run: Run, monkeypatch: Any) -> None:
+    told = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", told)
+        assert run("show", "./\U0001f680\xe9", "--json")[0] == 2
+        print(to_json({"text": "\U0001f680\xe9", "nats": math.inf}))
+    told.seek(0)
+    assert [json.loads(line) for line in told.read().splitlines()][1] == {"text": "\U0001f680\xe9", "nats": None}

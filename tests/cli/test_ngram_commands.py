@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,12 +60,30 @@ def test_fit_perplexity_suggest_generate_and_save(run: Run, tmp_path: Path) -> N
     assert code == 0 and "3-grams" in out and "fixed ones were taken" in out
     code, _, err = run("algo", "ngram", tmp_path / "none.txt")
     assert code == 2 and "cannot be read" in err and "Traceback" not in err
-    for idle in (("--generate", -5), ("--generate", 0), ("--seed", 3), ("--prompt", "the"), ("--order", 0)):
+    for idle in (
+        ("--generate", -5),
+        ("--generate", 0),
+        ("--seed", 3),
+        ("--generate", 3, "--seed", -3),
+        ("--prompt", "the"),
+        ("--order", 0),
+    ):
         code, _, err = run("algo", "ngram", tmp_path / "a.txt", *idle)
-        assert code == 2 and idle[0] in err
-    for place, says in ((tmp_path, "is a folder"), (tmp_path / "no/m.arpa", "there is no folder")):
+        assert code == 2 and idle[-2] in err
+    for name, value in (("--order", 3), ("--smoothing", "mle"), ("--memory", 9)):
+        code, _, err = run("algo", "ngram", tmp_path / "m.arpa", name, value)
+        assert code == 2 and f"does not read {name}" in err
+    for place, says in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no/m.arpa", "there is no folder"),
+        (tmp_path / "a.txt", "overwritten"),
+    ):
         code, out, err = run("algo", "ngram", tmp_path / "a.txt", "--arpa", place)
         assert code == 2 and says in err and not out
+    assert (tmp_path / "a.txt").read_text() == GOOD
+    asked = ("--smoothing", "mle", "--perplexity", tmp_path / "b.txt", "--json")
+    code, out, _ = run("algo", "ngram", tmp_path / "a.txt", *asked)
+    assert code == 0 and json.loads(out)["perplexity"] is None  # infinite, for which JSON has no word
     code, _, err = run("algo", "ngram", tmp_path / "a.txt", "--suggest", "\udcff")
     assert code == 2 and "not UTF-8" in err
     code, _, err = run("algo", "ngram", tmp_path / "a.txt", "--unit", "wrod")
@@ -89,6 +108,10 @@ def test_filter_keeps_what_reads_like_the_reference(run: Run, tmp_path: Path) ->
     assert code == 0 and (tmp_path / "o").read_text() == "\n\n".join([documents[0], documents[2]])
     code, _, err = run("data", "filter", tmp_path / "in.jsonl", *asked, "--field", "body")
     assert code == 2 and "no text in field 'body'" in err
+    code, _, err = run("data", "filter", tmp_path / "in.jsonl", *asked, "--separator", "x")
+    assert code == 2 and "JSON Lines does not read --separator" in err
+    code, _, err = run("data", "filter", tmp_path / "in.txt", *asked, "--field", "x")
+    assert code == 2 and "a text file does not read --field" in err
     model = NGram.fit(GOOD, unit="word")
     found = filter_documents(documents, model, low=0.5, high=1.0)
     assert found.keep[4] is False and math.isnan(found.perplexity[4]) and sum(found.keep) == 3
@@ -105,3 +128,17 @@ def test_the_rival_of_an_evaluation_is_asked_the_same_tokens(run: Run, tmp_path:
     rival = ngram_rival(tokenizer, GOOD, "the cat ran to the house\n" * 4)
     assert code == 0 and found["ngram_nats_per_token"] == rival["nats_per_token"] > 0
     assert found["ngram_order"] == 3 and found["ngram_nats_per_token"] < found["nats_per_token"]
+
+
+def test_texts_that_are_scored_may_be_pipes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(GOOD)
+    text = b"the cat ran to the house\n" * 4
+    reader, writer = os.pipe()
+    os.write(writer, text)
+    os.close(writer)
+    asked = ("--ngram", tmp_path / "a.txt", "--json")
+    code, out, err = run("eval", ROOT / "assets/pydoc-llama", "--text", f"/dev/fd/{reader}", *asked)
+    os.close(reader)
+    assert code == 0 and json.loads(out)["bytes"] == len(text), err
+    code, _, err = run("eval", ROOT / "assets/pydoc-llama", "--text", tmp_path)
+    assert code == 2 and "no text file" in err

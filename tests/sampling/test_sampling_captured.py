@@ -151,6 +151,9 @@ def test_refusals() -> None:
     pair = {"kind": "encoder_decoder", "vocab": 9, "dim": 32, "decoder_start": 1}
     with pytest.raises(UserError, match="encoder-decoder"):
         Captured(dt.build(pair), 1, 8)
+    learned = pair | {"encoder": {"depth": 1, "position": "learned"}, "context": 16}  # a table caps what is chosen
+    with pytest.raises(UserError, match="encoder-decoder"):
+        dt.generate(dt.build(learned), None, [[1, 2]], max_new_tokens=2, compile=True)
 
 
 def test_one_row_on_a_cpu_is_sums_along_rows_whatever_a_weight_is_kept_in() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sampling_models import VOCAB, llama
@@ -92,6 +93,15 @@ def test_a_seed_means_the_same_alone_and_in_any_batch(pair: Any) -> None:
     assert draw(PROMPTS, None) != draw(PROMPTS, None)
     copies = draw([PROMPTS[0]] * 3, 11)
     assert copies[0] == together[0] and len({tuple(row) for row in copies}) == 3
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array, tuple], ids=["tensors", "arrays", "tuples"])
+def test_ids_are_drawn_alike_whatever_holds_them(pair: Any, form: Any) -> None:
+    _, ours = pair
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 2.0, "seed": 11}
+    want = generate(ours, None, [PROMPTS[0]] * 3, **options).tolist()
+    assert generate(ours, None, [form(PROMPTS[0])] * 3, **options).tolist() == want
+    assert len({tuple(row) for row in want}) == 3
 
 
 def test_uniforms_are_uniform_and_apart() -> None:
@@ -204,6 +214,9 @@ def test_bad_prompts_are_refused(pair: Any) -> None:
         (torch.zeros(2, 3), "integer ids"),
         (torch.zeros(3, dtype=torch.long), "shape"),
         ("text", "without a tokenizer"),
+        ([1, 2, 3], "no rows of ids"),
+        ([[1.5, 2]], "no rows of ids"),
+        ([torch.tensor([[1, 2]])], "no rows of ids"),
     ):
         with pytest.raises(UserError, match=words):
             generate(ours, None, prompts)

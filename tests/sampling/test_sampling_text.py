@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dovetail as dt
+from dovetail.errors import UserError
 from dovetail.sampling import Detokeniser, Sampling, TextRow, generate, sample, stream
 
 LINES = ["the cat, 月光 and déjà vu 👩‍🚀!", "床前明月光，疑是地上霜。", "a\n\n  b\t c", "🚀🚀🚀", "mañana"]
@@ -103,3 +104,12 @@ def test_a_stop_string_ends_its_row_alone(model: Any, tokenizer: Any) -> None:
     assert got.texts[1] == (free[1] if stop not in free[1] else free[1][: free[1].find(stop)])
     assert got.lengths[0] < 30
     assert "".join(stream(model, tokenizer, prompts[0], **options, stop=stop)) == got.texts[0]
+
+
+def test_an_end_that_the_model_cannot_make_ends_nothing(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    """A published default may name an id that a smaller vocabulary lacks; one that is asked for is still refused."""
+    want = generate(model, tokenizer, "the cat", max_new_tokens=8)
+    monkeypatch.setattr(tokenizer, "eos_ids", (*tokenizer.eos_ids, 50256))
+    assert generate(model, tokenizer, "the cat", max_new_tokens=8) == want
+    with pytest.raises(UserError, match="token 50256 is outside"):
+        generate(model, tokenizer, "the cat", max_new_tokens=8, eos=50256)

@@ -9,6 +9,7 @@ import pytest
 import dovetail as dt
 from dovetail.errors import SpecError
 from dovetail.spec import Spec, get
+from dovetail.spec.paths import parse_assignment
 
 BASE = {"kind": "decoder", "vocab": 16, "dim": 16, "depth": 2, "context": 8, "blocks": {"mixer": "attention"}}
 
@@ -40,6 +41,19 @@ def test_blocks_may_be_set_by_a_list_and_no_entry_of_it_may_be_idle() -> None:
     assert spec(blocks=[{"layers": "*"}, {"layers": "0", "dropout": 0.5}]).blocks[0].dropout == 0.5
     with pytest.raises(SpecError, match="layers '0' has no effect"):
         spec(blocks=[{"layers": "0", "dropout": 0.5}, {"layers": "*"}])
+
+
+def test_a_slice_of_layers_is_not_a_number_of_base_60() -> None:
+    """1:3 would be layer 63, which deep models have."""
+    path, value = parse_assignment("blocks=[{layers: '*'}, {layers: 1:3, dropout: 5e-1}]")
+    new: Any = dt.override(spec(depth=70), {path: value})
+    assert [i for i, block in enumerate(new.blocks) if block.dropout == 0.5] == [1, 2]
+    assert [parse_assignment(f"a={text}")[1] for text in ("12:30.5", "-7", "1_000", "2.5")] == [
+        "12:30.5",
+        -7,
+        1000,
+        2.5,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from rich.table import Table
 from dovetail.cli.app import app
 from dovetail.cli.checks import check_format, check_out, check_resumable, device_named, refuse
 from dovetail.cli.inspect import AllowKey, Json, _spec_of
+from dovetail.cli.machine import to_json
 from dovetail.errors import CheckpointError, ConfigError, UserError
 
 console = Console()
@@ -69,7 +70,7 @@ def adapt(
         assert recipe is not None
         data = _train(path, recipe, overrides or [], out, resume)
     if as_json:
-        print(json.dumps(data))
+        print(to_json(data))
     else:
         print(f"merged, and saved to {out}" if merge is not None else f"saved to {data['out']}")
 
@@ -129,7 +130,7 @@ def _list(path: str | None, allow: list[str], as_json: bool) -> None:
         here = (folder / PEFT).exists() or (folder / NATIVE).exists()
         facts = _adapter(folder) if here else _targets(str(folder), allow)
         if as_json:
-            print(json.dumps(facts, ensure_ascii=False))
+            print(to_json(facts))
         elif here:
             for name, value in facts.items():
                 shown = ", ".join(value) if isinstance(value, list) else value
@@ -145,7 +146,7 @@ def _list(path: str | None, allow: list[str], as_json: bool) -> None:
     rows = [(e.kind, _line(e.cls), "yes" if e.cls.mergeable else "no", e.cls.peft_type or "", e.source) for e in known]
     columns = ("kind", "what", "merges", "PEFT", "source")
     if as_json:
-        print(json.dumps({"adapters": [dict(zip(columns, row, strict=True)) for row in rows]}, ensure_ascii=False))
+        print(to_json({"adapters": [dict(zip(columns, row, strict=True)) for row in rows]}))
     else:
         console.print(_table(columns, rows))
 
@@ -204,7 +205,7 @@ def extracted(
     data = account.to_dict() | {"layers": account.layers, "out": str(out), "format": chosen}
     (out / "extract-report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     if as_json:
-        print(json.dumps(data))
+        print(to_json(data))
         return
     changed = [s for s in account.segments if s.rank]
     rows = [(name, f"{error:.4f}") for name, error in account.layers.items()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from dovetail.cli.algo import algo
 from dovetail.cli.checks import refuse
 from dovetail.cli.inspect import Json
+from dovetail.cli.machine import to_json
 from dovetail.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ def arrivals(
     bins: Annotated[
         int | None, typer.Option(min=1, help="Equal spans to count in (10 arrivals each unless given).")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the interval of the rate.")] = 0.95,
+    confidence: Annotated[
+        float | None, typer.Option(help="Of the interval of the rate of a log (0.95 unless given).")
+    ] = None,
     rate: Annotated[
         str | None, typer.Option(help="Draw instead: arrivals per second, or from when: 0:5,60:20,120:5.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the draw (0 unless given).")] = None,
     as_json: Json = False,
 ) -> None:
     """Poisson arrivals: draw request times for a load test (--rate, one a line), or fit and test a log of them."""
@@ -47,16 +49,18 @@ def arrivals(
             raise UserError(
                 "neither a log nor a rate", remedy="give the file of a log, or --rate 5 --duration 60 to draw"
             )
-        _judge(log, field, duration, bins, confidence, as_json)
+        refuse("a log", ["--seed"] if seed is not None else [])
+        _judge(log, field, duration, bins, 0.95 if confidence is None else confidence, as_json)
         return
-    refuse("--rate", [n for n, v in {"a log": log, "--field": field, "--bins": bins}.items() if v is not None])
+    given = {"a log": log, "--field": field, "--bins": bins, "--confidence": confidence}
+    refuse("--rate", [name for name, value in given.items() if value is not None])
     if duration is None:
         raise UserError("a rate without a duration", remedy="add --duration SECONDS")
     from dovetail.stats import PoissonProcess
 
-    times = PoissonProcess(_rate(rate, duration)).arrivals(duration, seed).tolist()
+    times = PoissonProcess(_rate(rate, duration)).arrivals(duration, seed or 0).tolist()
     if as_json:
-        print(json.dumps({"rate": rate, "duration": duration, "seed": seed, "arrivals": times}))
+        print(to_json({"rate": rate, "duration": duration, "seed": seed or 0, "arrivals": times}))
         return
     for time in times:
         print(repr(time))
@@ -101,14 +105,14 @@ def _judge(
             tests[name] = asdict(test())
         except DataError as error:  # too few for this one
             tests[name] = {"why": error.what}
-    dispersion = float(counts.double().var() / counts.double().mean()) if int(counts.sum()) else None
+    dispersion = float(counts.double().var() / counts.double().mean()) if bins > 1 and int(counts.sum()) else None
     found = {
         "arrivals": len(times), "from": first, "to": last, "rate": float(fit.rates), "low": float(fit.low),
         "high": float(fit.high), "confidence": confidence, "bins": bins, "index of dispersion": dispersion,
         "tests": tests,
     }  # fmt: skip
     if as_json:
-        print(json.dumps(found))
+        print(to_json(found))
         return
     console.print(
         f"{len(times):,} arrivals in {last - first:,.6g} s: {found['rate']:.4g} a second "

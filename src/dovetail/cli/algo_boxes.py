@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.algo import algo
 from dovetail.cli.inspect import Json
+from dovetail.cli.machine import to_json
 from dovetail.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ SHOWN = 20  # pairs in print; --json has all
 @algo.command()
 def boxes(
     file: Annotated[
-        Path, typer.Argument(help='{"box": [x1, y1, x2, y2], "score": 0.9, "class": 3} a line; 5 numbers: rotated.')
+        Path,
+        typer.Argument(help=escape('{"box": [x1, y1, x2, y2], "score": 0.9, "class": 3} a line; 5 numbers: rotated.')),
     ],
     form: Annotated[str, typer.Option("--format", help="Of 4 numbers: xyxy, xywh or cxcywh.")] = "xyxy",
     nms: Annotated[float | None, typer.Option(help="Suppress greedily above this IoU, classes apart.")] = None,
@@ -57,7 +60,7 @@ def boxes(
         suppress = geo.rotated_nms if rotated else geo.nms
         kept = suppress(found, scores, nms, classes=classes).tolist()
     if as_json:
-        print(json.dumps({"boxes": len(found), "rotated": rotated, "overlaps": pairs, "kept": kept}))
+        print(to_json({"boxes": len(found), "rotated": rotated, "overlaps": pairs, "kept": kept}))
         return
     console.print(f"{len(found):,} {'rotated ' * rotated}boxes, {len(pairs):,} pairs that overlap", highlight=False)
     table = Table("boxes", "IoU", *([] if rotated else ["GIoU"]), box=None, header_style="bold")
@@ -76,7 +79,7 @@ def read_boxes(file: Path) -> tuple[Tensor, Tensor | None, Tensor | None]:
     import torch
 
     rows = []
-    for number, text in enumerate(lines(file), 1):
+    for number, text in lines(file):
         where = f"{file}, line {number}"
         row = parsed(text, where)
         if "box" not in row or not set(row) <= FIELDS:
@@ -86,10 +89,14 @@ def read_boxes(file: Path) -> tuple[Tensor, Tensor | None, Tensor | None]:
                 remedy='a line has "box", and may have "score", "class"',
             )
         box = row["box"]
-        if not isinstance(box, list) or len(box) not in (4, 5) or not all(isinstance(x, int | float) for x in box):
+        if not isinstance(box, list) or len(box) not in (4, 5) or not all(map(is_number, box)):
             raise DataError(f"box {box}", where=where, remedy="give 4 numbers, or 5: cx, cy, w, h, radians")
-        if not isinstance(row.get("score", 0.0), int | float) or not isinstance(row.get("class", 0), int):
-            raise DataError("a score that is no number, or a class that is no whole one", where=where)
+        if not is_number(row.get("score", 0.0)) or not is_whole(row.get("class", 0)):
+            raise DataError(
+                "a score that is no number, or a class that is no whole one of 64 bits",
+                where=where,
+                remedy='write "score": 0.9, "class": 3',
+            )
         if rows and (len(box), set(row)) != (len(rows[0]["box"]), set(rows[0])):
             raise DataError(
                 "this box is of another sort than the first one", where=where, remedy="give all lines the same fields"
@@ -97,18 +104,28 @@ def read_boxes(file: Path) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rows.append(row)
     if not rows:
         raise DataError("there is no box", where=str(file), remedy="write one a line")
-    scores = torch.tensor([row["score"] for row in rows]).double() if "score" in rows[0] else None
+    scores = torch.tensor([float(row["score"]) for row in rows], dtype=torch.float64) if "score" in rows[0] else None
     classes = torch.tensor([row["class"] for row in rows]) if "class" in rows[0] else None
-    return torch.tensor([row["box"] for row in rows]).double(), scores, classes
+    return torch.tensor([list(map(float, row["box"])) for row in rows], dtype=torch.float64), scores, classes
 
 
-def lines(file: Path) -> list[str]:
-    """The lines of a text that are not blank. Raises DataError."""
+def is_number(value: Any) -> bool:
+    """Whether it is finite, and of fp64's range."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an int64."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of a text that are not blank, with their numbers. Raises DataError."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}", remedy="give a file of JSON lines") from error
-    return [line for line in text.splitlines() if line.strip()]
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
 def parsed(text: str, where: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dovetail.cli.algo import algo
 from dovetail.cli.inspect import Json
+from dovetail.cli.machine import to_json
 from dovetail.errors import UserError
 
 console = Console()
@@ -30,6 +31,8 @@ def extrema(
     """Sliding maxima and minima (with --json), peaks, and the largest gap of a column of numbers."""
     from dovetail.stats import largest_gap, peaks, read_numbers, sliding_max, sliding_min
 
+    if threshold is not None and not math.isfinite(threshold):
+        raise UserError(f"a threshold of {threshold}", where="--threshold", remedy="give a number")
     x = read_numbers(numbers, field)
     gap = largest_gap(x) if len(x) > 1 else None
     if threshold is None:
@@ -48,7 +51,7 @@ def extrema(
             "max": sliding_max(x, window, align="centred").tolist(),
             "min": sliding_min(x, window, align="centred").tolist(),
         }
-        print(json.dumps(data))
+        print(to_json(data))
         return
     if gap is not None:
         above = int((x > gap.threshold).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from dovetail.cli.algo import algo
 from dovetail.cli.checks import check_out
 from dovetail.cli.inspect import Json
+from dovetail.cli.machine import to_json
 from dovetail.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def geometry(
         draw.parent.mkdir(parents=True, exist_ok=True)
         drawn(found).savefig(draw, dpi=150)
     if as_json:
-        print(json.dumps({"shapes": measures, "intersections": meets} | ({"picture": str(draw)} if draw else {})))
+        print(to_json({"shapes": measures, "intersections": meets} | ({"picture": str(draw)} if draw else {})))
         return
     for i, measure in enumerate(measures):
         table = Table(box=None, show_header=False, title=f"{i}: {measure.pop('kind')}", title_justify="left")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.algo import algo
@@ -25,7 +26,9 @@ console = Console()
 def masks(
     file: Annotated[
         Path,
-        typer.Argument(help='{"size": [h, w], "counts": "..."} or {"size": [h, w], "polygons": [[x, y, ...]]} a line.'),
+        typer.Argument(
+            help=escape('{"size": [h, w], "counts": "..."} or {"size": [h, w], "polygons": [[x, y, ...]]} a line.')
+        ),
     ],
     rule: Annotated[
         str | None, typer.Option(help="How polygons become pixels: center (exact, the default), coco (as pycocotools).")
@@ -93,7 +96,7 @@ def read_masks(file: Path, rule: str | None = None) -> list[Tensor]:
     from dovetail import geometry as geo
 
     found, polygons = [], 0
-    for number, text in enumerate(lines(file), 1):
+    for number, text in lines(file):
         where = f"{file}, line {number}"
         row = parsed(text, where)
         try:

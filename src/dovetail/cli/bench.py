@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from dovetail.cli.app import app
 from dovetail.cli.checks import check_out
 from dovetail.cli.inspect import Json
+from dovetail.cli.machine import to_json
 from dovetail.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def bench(
         print(f"{', '.join(b.name for b in asked)}: about {minutes:g} minutes", flush=True)
         results = [run_apart(b, out) for b in asked]
     if as_json:
-        print(json.dumps([r for r in results if r is not None]))
+        print(to_json([r for r in results if r is not None]))
     failed = [b.name for b, r in zip(asked, results, strict=True) if r is None]
     if failed:
         raise RunError(f"{len(failed)} of {len(asked)} benchmarks failed: {', '.join(failed)}")
@@ -65,7 +65,7 @@ def _list(known: list[Benchmark], as_json: bool) -> None:
             }
             for b in known
         ]  # fmt: skip
-        print(json.dumps(told, ensure_ascii=False))
+        print(to_json(told))
         return
     table = Table("name", "min", box=None, header_style="bold")
     table.add_column("here", max_width=16)

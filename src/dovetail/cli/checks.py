@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dovetail.errors import UserError, did_you_mean
@@ -25,8 +26,16 @@ def check_out(out: Path, where: str = "--out", model: str | None = None) -> None
     _check_writable(place, where)
 
 
-def check_file(file: Path, where: str) -> None:
-    """Raises UserError for a file that could not be written once the work is done."""
+def check_readable(file: Path, where: str) -> None:
+    """Raises UserError for what is no text file, nor a pipe that gives one."""
+    if not file.exists() or file.is_dir():
+        raise UserError(f"no text file {str(file)!r}", where=where)
+
+
+def check_file(file: Path, where: str, reads: Sequence[Path | None] = ()) -> None:
+    """Raises UserError for a file that could not be written once the work is done, or that the work reads itself."""
+    if file.resolve() in [other.resolve() for other in reads if other is not None]:
+        raise UserError(f"{file} would be overwritten", where=where, remedy="give another file")
     if file.is_dir():
         raise UserError(f"{file} is a folder", where=where, remedy="give a file")
     if not file.parent.is_dir():

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from dovetail.cli.app import app
-from dovetail.cli.checks import check_file
+from dovetail.cli.checks import check_file, refuse
 from dovetail.cli.inspect import Json
+from dovetail.cli.machine import to_json
 from dovetail.errors import UserError, did_you_mean
 
 data = typer.Typer(
@@ -37,8 +38,10 @@ def filter_text(
     low: Annotated[float, typer.Option(help="Keep perplexities from this quantile.")] = 0.0,
     order: Annotated[int, typer.Option(min=1, help="n of the n-grams.")] = 3,
     unit: Annotated[str, typer.Option(help="word, character or byte (character for Chinese).")] = "word",
-    field: Annotated[str, typer.Option(help="Where JSON Lines hold the text.")] = "text",
-    separator: Annotated[str, typer.Option(help=r"Between documents of a text file; \n is a line end.")] = r"\n\n",
+    field: Annotated[str | None, typer.Option(help="Where JSON Lines hold the text (text unless given).")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help=r"Between documents of a text file; \n is a line end (\n\n unless given).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Keep the documents that read like a reference, by perplexity under an n-gram model."""
@@ -48,10 +51,12 @@ def filter_text(
 
     if unit not in UNITS:
         raise UserError(f"no unit {unit!r}", where="--unit", remedy=did_you_mean(unit, UNITS))
-    if out.resolve() in (source.resolve(), reference.resolve()):
-        raise UserError(f"{out} would be overwritten", where="--out", remedy="give another file")
-    check_file(out, "--out")
-    texts, pieces, between = _documents(source, field, separator)
+    if source.suffix == ".jsonl":
+        refuse("JSON Lines", ["--separator"] if separator is not None else [])
+    else:
+        refuse("a text file", ["--field"] if field is not None else [])
+    check_file(out, "--out", (source, reference))
+    texts, pieces, between = _documents(source, field or "text", r"\n\n" if separator is None else separator)
     model = NGram.fit_file(reference, order, unit=unit)  # type: ignore[arg-type]
     found = filter_documents(texts, model, low=low, high=high)
     kept = [piece for piece, keep in zip(pieces, found.keep, strict=True) if keep]
@@ -70,7 +75,7 @@ def filter_text(
         "notes": list(model.notes),
     }
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(to_json(facts))
         return
     print(
         f"kept {facts['kept']} of {facts['documents']} documents ({facts['characters_kept']:.1%} of the characters): "

@@ -35,7 +35,9 @@ def draw_scenes(
     given = {} if size is None else {"size": size}
     table = tables[of](seed=seed, language=language, count=count, split=split, **given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=as_json, transient=True) as progress:
+    aside = Console(stderr=True)
+    quiet = as_json or not aside.is_terminal
+    with Progress(*columns, console=aside, disable=quiet, transient=True) as progress:
         task = progress.add_task(of, total=count)
         write_rows(table, out, lambda done: progress.update(task, completed=done))
     if as_json:

@@ -28,7 +28,7 @@ def draft_of(text: str, tokens: int | None, model: Any, tokenizer: Any, **how: A
     if not text.startswith("ngram:"):
         return DraftModel(load(resolve(text), **how), **more)
     file = Path(text.removeprefix("ngram:"))
-    if not file.is_file():
+    if not file.exists() or file.is_dir():
         raise UserError(f"no file {str(file)!r}", where="--draft", remedy="give ngram: and an ARPA file or a text")
     if file.suffix == ".arpa":
         return NgramDraft(NGram.load_arpa(file, integers=True), **more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dovetail.cli.app import app
-from dovetail.cli.checks import device_named, device_to_plan_for, dtype_to_compute_in, refuse
-from dovetail.errors import UserError
+from dovetail.cli.checks import check_readable, device_named, device_to_plan_for, dtype_to_compute_in, refuse
+from dovetail.cli.machine import to_json
+from dovetail.errors import UserError, did_you_mean
 
 console = Console()
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output, last line.")]
@@ -28,11 +28,13 @@ def list_parts(
 ) -> None:
     """What there is: every registered part by category; layouts of checkpoints; arrangements of layers."""
     from dovetail import adapters, data, objectives  # noqa: F401  (they register their kinds, as the parts do)
-    from dovetail.spec import entries, kinds
+    from dovetail.spec import entries
+    from dovetail.spec.registry import categories
 
     beside = _beside()
-    if category is not None and category not in beside:
-        kinds(category)
+    known = [*categories(), *beside]
+    if category is not None and category not in known:
+        raise UserError(f"no category {category!r}", remedy=did_you_mean(category, known))
     parts = [e for e in entries() if category in (None, e.category)]
     others = {name: rows for name, rows in beside.items() if category in (None, name)}
     if as_json:
@@ -40,7 +42,7 @@ def list_parts(
         for e in parts:
             known = {"kind": e.kind, "source": e.source, "oracle": e.oracle, "decode": e.decode, **e.capabilities}
             found.setdefault(e.category, []).append(known)
-        print(json.dumps(found | others, ensure_ascii=False))
+        print(to_json(found | others))
         return
     table = Table("category", "kind", "what", "source", box=None, header_style="bold")
     for e in parts:
@@ -103,7 +105,7 @@ def show(
                 {"layers": span, "use": use, "path": path, "why": why, "reference": plain}
                 for span, use, path, why, plain in plans
             ]
-        print(json.dumps(data, ensure_ascii=False))
+        print(to_json(data))
         return
     print(spec)  # as it is: rich would break its lines
     console.print(
@@ -148,24 +150,24 @@ def evaluate(
     from dovetail.hub.remote import resolve
     from dovetail.report.evaluate import evaluate as score
 
-    if not text.is_file():
-        raise UserError(f"no text file {str(text)!r}", where="--text")
-    if ngram is not None and not ngram.is_file():
-        raise UserError(f"no text file {str(ngram)!r}", where="--ngram")
+    check_readable(text, "--text")
+    if ngram is not None:
+        check_readable(ngram, "--ngram")
     refuse("scoring without --ngram", ["--ngram-order"] if ngram is None and ngram_order is not None else [])
     on = device_named(device)
     computed = dtype_to_compute_in(dtype, on)
     folder = resolve(path)
     model = load(folder, dtype=computed, device=on, allow_keys=allow_key or [])
     tokenizer = load_tokenizer(folder)
-    result = score(model, tokenizer, _read(text), length=length, stride=stride)
+    whole = _read(text)  # once: it may be a pipe
+    result = score(model, tokenizer, whole, length=length, stride=stride)
     if ngram is not None:
         from dovetail.report.ngram_rival import ngram_rival
 
-        found = ngram_rival(tokenizer, _read(ngram), _read(text), ngram_order or 3)
+        found = ngram_rival(tokenizer, _read(ngram), whole, ngram_order or 3)
         result |= {f"ngram_{name}": value for name, value in found.items()}
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for name, value in result.items():
         console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
@@ -182,7 +184,7 @@ def preflight(
 
     result = run(recipe, overrides or [])
     if as_json:
-        print(json.dumps(result.to_dict()))
+        print(to_json(result.to_dict()))
     else:
         console.print(result)
 

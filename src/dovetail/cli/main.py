@@ -15,7 +15,7 @@ from rich.text import Text
 from dovetail.cli.app import app
 from dovetail.cli.failure import Failure, failure_of
 from dovetail.cli.pipes import piped
-from dovetail.errors import DovetailError, UserError
+from dovetail.errors import DovetailError, RunError, UserError
 
 
 def main() -> None:
@@ -35,9 +35,13 @@ def main() -> None:
                 raise
             failure = failure_of(error)
         with contextlib.suppress(SystemExit):  # nobody reads it
-            if failure is not None:
-                _say(failure, as_json="--json" in argv)
-            sys.stdout.flush()
+            try:
+                if failure is not None:
+                    _say(failure, as_json="--json" in argv)
+                sys.stdout.flush()
+            except RunError as error:  # what was printed has not arrived
+                failure = Failure(error.exit_code, error.what, error.where, error.remedy)
+                _say(failure, as_json=False)
     sys.exit(failure.code if failure else 0)
 
 

@@ -15,6 +15,7 @@ from dovetail.cli.app import app
 from dovetail.cli.checks import (
     check_format,
     check_out,
+    check_readable,
     check_resumable,
     check_text,
     device_named,
@@ -23,6 +24,7 @@ from dovetail.cli.checks import (
 )
 from dovetail.cli.drafting import draft_of
 from dovetail.cli.inspect import AllowKey, Dtype, Json, _read
+from dovetail.cli.machine import finite, to_json
 from dovetail.errors import UserError
 
 console = Console()
@@ -46,7 +48,7 @@ def train(
     if resume:
         check_resumable(whole.out)
     result = fit(whole, resume=resume)
-    print(json.dumps(result.to_dict()) if as_json else f"saved to {result.out}")
+    print(to_json(result.to_dict()) if as_json else f"saved to {result.out}")
 
 
 @app.command()
@@ -95,7 +97,9 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "beams": beams,
         "stop": tuple(stop or ()),
-    } | ({} if seed is None else {"seed": seed})
+    }
+    if options["temperature"] > 0 or seed is not None:
+        options["seed"] = seed or 0
     sampling = Sampling.of(**options)  # which says what contradicts, before anything is loaded
     on = device_named(device)
     how: dict[str, Any] = {"dtype": dtype_to_compute_in(dtype, on), "device": on, "allow_keys": allow_key or []}
@@ -127,7 +131,7 @@ def generate(
         rows: list[dict[str, Any]] = [{"prompt": p, "text": t} for p, t in zip(prompt, result.texts, strict=True)]
         for row, found in zip(rows, drafted):
             row["draft"] = found.to_dict()
-        print(json.dumps(rows, ensure_ascii=False))
+        print(to_json(rows))
         return
     for p, t in zip(prompt, result.texts, strict=True):
         print(_dim(p) + t)  # rich would break lines, and change tabs and :words:
@@ -198,8 +202,7 @@ def swap(
     texts = None
     tokenizer = None
     if text is not None:
-        if not text.is_file():
-            raise UserError(f"no text file {str(text)!r}", where="--text")
+        check_readable(text, "--text")
         texts, tokenizer = [_read(text)], load_tokenizer(folder)
     how = None if heal is None else read_yaml(heal)
     asked: dict[str, Any] = {}
@@ -219,10 +222,10 @@ def swap(
         chosen = "dovetail"
         save(new, out, format="dovetail", tokenizer_from=folder)
     data = report.to_dict() | {"out": str(out), "format": chosen}
-    (out / "swap-report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    (out / "swap-report.json").write_text(json.dumps(finite(data), indent=2) + "\n", encoding="utf-8")
     (out / "swap-report.html").write_text(html.page(report), encoding="utf-8")
     if as_json:
-        print(json.dumps(data))
+        print(to_json(data))
         return
     console.print(report)
     if chosen == "dovetail" and not format:
@@ -260,4 +263,4 @@ def compare(
         refuse("a recipe whose arms do not train", [name for name, said in given.items() if said])
         result = run(recipe, out=out, overrides=overrides or [])
     if as_json:
-        print(json.dumps(result.to_dict()))
+        print(to_json(result.to_dict()))

@@ -222,7 +222,7 @@ def compiled(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Reading:
     runner = kept.captured
     if runner is None or runner.rows != len(prompts) or runner.capacity < needed:
         capacity, table = -(-needed // GRANULE) * GRANULE, limits.table(model.spec)
-        if table is not None:
+        if table is not None and not hasattr(model, "encode"):
             capacity = max(needed, min(capacity, table - model.front.vectors - model.front.held))
         kept.captured = None  # its memory is free before the next one takes some
         kept.captured = runner = Captured(model, len(prompts), capacity)

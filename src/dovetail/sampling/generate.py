@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, overload
 
 import torch
@@ -89,7 +91,7 @@ def sample(
 ) -> Generation:
     """`generate` with all that is known of the result: ids, lengths, log-probabilities, texts, what a draft did."""
     rows = _ids(tokenizer, prompts)
-    eos, pad = _ends(tokenizer, sampling)
+    eos, pad = _ends(model, tokenizer, sampling)
     with _layout(model, len(rows), sampling, compile):
         if sampling.beams > 1 and draft is None:
             if logprobs:
@@ -127,7 +129,7 @@ def search(model: Any, tokenizer: Tokenizer | None, prompts: Any, sampling: Samp
     """Beam search's `beams` best for every prompt, best first, with their scores."""
     rows = _ids(tokenizer, prompts)
     with vector_layout(model, len(rows) * sampling.beams, sampling.max_new_tokens):
-        return _search(model, rows, sampling, _ends(tokenizer, sampling)[0])
+        return _search(model, rows, sampling, _ends(model, tokenizer, sampling)[0])
 
 
 def stream(
@@ -148,7 +150,7 @@ def stream(
     rows = _ids(tokenizer, prompt if tokenizer is not None or isinstance(prompt, Tensor) else [prompt])
     if len(rows) != 1:
         raise UserError(f"{len(rows)} prompts to stream", remedy="stream one, or use generate for several")
-    eos, pad = _ends(tokenizer, options)
+    eos, pad = _ends(model, tokenizer, options)
     text = None if tokenizer is None else TextRow(tokenizer, begins(model, rows)[0], options.stop, eos)
     with _layout(model, 1, options, compile):
         run = _begun(model, rows, options, draft, compile, eos, pad)
@@ -256,9 +258,17 @@ def _ids(tokenizer: Tokenizer | None, prompts: Any) -> list[list[int]]:
                     remedy="give integer ids of shape (batch, length)",
                 )
             return prompts.tolist()
-        if isinstance(prompts, str) or any(isinstance(row, str) for row in prompts):
-            raise UserError("a text without a tokenizer", remedy="pass the tokenizer, or ids")
-        return [list(row) for row in prompts]
+        try:
+            if isinstance(prompts, str) or any(isinstance(row, str) for row in prompts):
+                raise UserError("a text without a tokenizer", remedy="pass the tokenizer, or ids")
+            # Plain ints, which are equal and hash alike wherever they came from: draws depend on them.
+            rows = [row.tolist() if hasattr(row, "tolist") else row for row in prompts]
+            return [[int(index(token)) for token in row] for row in rows]
+        except TypeError:
+            raise UserError(
+                "prompts that are no rows of ids",
+                remedy="give integer ids of shape (batch, length), or a list of ids for each prompt",
+            ) from None
     texts = [prompts] if isinstance(prompts, str) else prompts
     if isinstance(texts, Tensor) or not all(isinstance(text, str) for text in texts):
         raise UserError("ids beside a tokenizer", remedy="pass texts, or tokenizer=None for ids")
@@ -266,13 +276,16 @@ def _ids(tokenizer: Tokenizer | None, prompts: Any) -> list[list[int]]:
     return [row or ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) for row in rows]
 
 
-def _ends(tokenizer: Tokenizer | None, sampling: Sampling) -> tuple[tuple[int, ...], int]:
+def _ends(model: Any, tokenizer: Tokenizer | None, sampling: Sampling) -> tuple[tuple[int, ...], int]:
     """The ids that end a row, and the one that pads."""
     if tokenizer is None:
         if sampling.stop:
             raise UserError("stop strings without a tokenizer", remedy="pass the tokenizer, or end rows by eos ids")
         eos = sampling.eos or ()
         return eos, eos[0] if eos else 0
-    eos = tokenizer.eos_ids if sampling.eos is None else sampling.eos
+    eos = sampling.eos
+    if eos is None:  # published defaults name ids that a smaller vocabulary lacks, which then end nothing
+        vocab = getattr(model.spec, "decoder_vocab", None) or getattr(model.spec, "vocab", math.inf)
+        eos = tuple(token for token in tokenizer.eos_ids if token < vocab)
     pad = tokenizer.pad_id
     return eos, pad if pad is not None else eos[0] if eos else 0
