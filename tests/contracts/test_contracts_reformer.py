@@ -128,6 +128,15 @@ def test_activations_do_not_grow_with_depth() -> None:
     assert kept(6) == kept(2) > 0
 
 
+def test_shapes_are_known_without_numbers() -> None:
+    """On the meta device, with gradients: autocast, which the backward puts back, is unknown there."""
+    model = build("model", spec(), dim=0).to("meta").train()
+    logits = model(torch.zeros(2, LENGTH, dtype=torch.long, device="meta")).logits
+    logits.sum().backward()
+    assert logits.shape == (2, LENGTH, VOCAB)
+    assert all(p.grad.is_meta for p in model.parameters())
+
+
 def test_decoding_equals_the_whole_forward() -> None:
     model = build("model", spec(), dim=0)
     tokens = torch.randint(VOCAB, (2, LENGTH))

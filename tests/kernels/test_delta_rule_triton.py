@@ -124,6 +124,7 @@ def test_plan_says_which_and_why() -> None:
     assert plan(1, device="cuda", width=64).path == "step"
     assert plan(64, device="cuda", dtype=torch.bfloat16, width=128).path == "triton"
     assert plan(64, device="cuda", dtype=torch.float32, width=128).path == "triton"
-    for dtype in (torch.float32, torch.bfloat16):
-        assert "wider" in plan(64, device="cuda", dtype=dtype, width=256).why
+    assert plan(64, device="cuda", dtype=torch.bfloat16, width=256).path == "triton"
+    for dtype, width in ((torch.float32, 256), (torch.bfloat16, 257)):
+        assert "wider" in plan(64, device="cuda", dtype=dtype, width=width).why
     assert plan(64, device="cuda", dtype=torch.float64).path == plan(64).path == "chunked"

@@ -32,6 +32,17 @@ def test_it_is_its_twin(B: int, T: int, H: int, N: int) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+def test_training_goes_on_after_inference_mode() -> None:
+    """The matrices are kept from one forward to the next, whatever mode made them."""
+    legs.matrices.cache_clear()
+    given = rows(1, 5, 2, 3, torch.float64)
+    with torch.inference_mode():
+        scored = legs.recurrence(*given)
+    trained = legs.recurrence(*given)
+    torch.autograd.grad(trained.sum(), given)
+    assert torch.equal(scored, trained)
+
+
 def test_gradients_by_differences() -> None:
     assert torch.autograd.gradcheck(legs.recurrence, rows(2, 4, 3, 4, torch.float64))
 

@@ -106,6 +106,19 @@ def test_diagonal_kernel(length: int) -> None:
     same([ours], [theirs], given)
 
 
+@torch.no_grad()
+def test_diagonal_kernel_of_lengths_that_vary_compiles_whole() -> None:
+    weight, exponent = random(2, 3, complex=True), torch.complex(-torch.rand(2, 3).double(), random(2, 3))
+
+    def run(x: Tensor) -> Tensor:
+        return ssm_convolution.diagonal_kernel(weight, exponent, x.shape[0])
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 17):
+        assert torch.equal(compiled(torch.ones(length)), run(torch.ones(length)))
+
+
 def test_diagonal_kernel_keeps_its_phase_in_fp32() -> None:
     """A wave of 20,000 turns: tables in fp32 would be wrong in the third digit."""
     exponent = torch.complex(

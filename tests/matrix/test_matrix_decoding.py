@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dovetail.errors import RunError
 from dovetail.spec import Entry
-from matrix.harness import LENGTH, close, looking_back, name, subject, tokens
+from matrix.harness import LENGTH, VOCAB, close, looking_back, name, subject, tokens
 
 each = pytest.mark.parametrize("e", looking_back(), ids=name)
 exact = pytest.mark.parametrize("e", [e for e in looking_back() if e.decode == "exact"], ids=name)
@@ -103,6 +103,25 @@ def test_snapshot_is_independent(e: Entry) -> None:
     other = torch.cat([x[:, :7], (x[:, 7:] + 1) % 5], 1)
     decode(model, other[:, 7:], [1] * (LENGTH - 7), state)
     close(decode(model, x[:, 7:], [2, LENGTH - 9], kept)[0], model(x).logits[:, 7:])
+
+
+@pytest.mark.parametrize("e", [e for e in looking_back() if e.category == "mixer"], ids=name)
+def test_a_state_of_another_dtype_decodes(e: Entry) -> None:
+    """As new_state(dtype=...) says: half the memory of a cache, at the price of its roundings."""
+    model, x = subject(e.category, e.kind), tokens(2, 7)
+    state = model.new_state(2, 8, dtype=torch.float32)
+    close(decode(model, x, [3, 1, 3], state)[0], model(x).logits, 1e-4)
+
+
+@pytest.mark.parametrize("e", [e for e in looking_back() if e.category in ("mixer", "block")], ids=name)
+def test_no_tokens_change_nothing(e: Entry) -> None:
+    """Rows of none, as what is left of a prompt may be, and none of padding."""
+    model, x, none = subject(e.category, e.kind), tokens(2, 6), tokens(2, 0)
+    assert model(none).logits.shape == (2, 0, VOCAB) and model(x[:0]).logits.shape == (0, 6, VOCAB)
+    state = model.new_state(2, 12)
+    first = [model(part, state=state).logits for part in (none, x[:, :4], none)]
+    model(x[:, :3], attention_mask=torch.zeros(2, 3), state=state)
+    close(torch.cat([*first, model(x[:, 4:], state=state).logits], 1), model(x).logits)
 
 
 def reached(value: Any, seen: dict[int, Any]) -> dict[int, Any]:

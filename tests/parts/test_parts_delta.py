@@ -208,3 +208,18 @@ def test_start_of_the_decay() -> None:
 def test_refusals(spec: dict[str, Any], slot: dict[str, Any], named: str) -> None:
     with pytest.raises(BuildError, match=named):
         make("mixer", spec, **slot)
+
+
+def test_the_decays_of_several_heads_compile_whole() -> None:
+    """Their gradient comes with the heads before the tokens, and the compiled backward must take it as it lies."""
+    torch.compiler.reset()
+    options = {"heads": 2, "head_dim": 3, "convolution": None, "gate": None}
+    mixer: Any = make("mixer", {"kind": "gated_delta_net"} | options, dim=8, dtype=torch.float64)
+    x, learned = torch.randn(2, 3, 8, dtype=torch.float64), [mixer.a_log, mixer.dt_bias, mixer.decay.weight]
+
+    def run(x: Tensor) -> Tensor:
+        return mixer(x, Context.of(2, 3, CPU)).square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(*(torch.autograd.grad(f(x), learned) for f in (compiled, run)), strict=True):
+        close(ours, theirs, 1e-12)

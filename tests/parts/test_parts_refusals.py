@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import dovetail as dt
-from dovetail.errors import BuildError, DataError, RunError, UserError
+from dovetail.errors import BuildError, DataError, RunError, SpecError, UserError
 from dovetail.kernels.attention import Region, Score, attend_regions
 from dovetail.parts.context import Context
+from dovetail.spec import Spec
 
 TOKENS = torch.arange(20).view(2, 10) % 16
 
@@ -34,6 +35,32 @@ def decoder(mixer: dict[str, Any] | None = None, **changes: Any) -> Any:
 def test_options_of_attention_without_effect(mixer: dict[str, Any], what: str) -> None:
     with pytest.raises(BuildError, match=what):
         decoder(mixer)
+
+
+@pytest.mark.parametrize(
+    ("category", "given", "field"),
+    [
+        ("mixer", {"kind": "attention", "scale": 0.0}, "scale"),  # every score the same, or every product a NaN
+        ("mixer", {"kind": "attention", "scale": -1.0}, "scale"),
+        ("mixer", {"kind": "attention", "cap": 0.0}, "cap"),
+        ("mixer", {"kind": "gau", "scale": -1.0}, "scale"),
+        ("mixer", {"kind": "latent", "rank": 4, "scale": 0.0}, "scale"),
+        ("mixer", {"kind": "latent", "rank": 4, "rope_dim": -2}, "rope_dim"),
+        ("mixer", {"kind": "window", "size": 0}, "size"),
+        ("feedforward", {"kind": "glu", "hidden": 0}, "hidden"),  # would be the default width
+        ("feedforward", {"kind": "mlp", "hidden": -3}, "hidden"),
+        ("feedforward", {"kind": "mlp", "dropout": 1.5}, "dropout"),
+        ("image_embedding", {"kind": "patch", "size": 0}, "size"),
+        ("resample", {"kind": "merge", "factor": 0}, "factor"),
+        ("init", {"kind": "normal", "std": -0.1}, "std"),
+        ("init", {"kind": "he", "gain": -1.0}, "gain"),
+        ("init", {"kind": "mup", "base": 0}, "base"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(category: str, given: dict[str, Any], field: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        Spec.parse(category, given)
+    assert field in (caught.value.where or "")
 
 
 @pytest.mark.parametrize("position", ["rope", "rerope", "deberta", {"kind": "axial", "height": 2, "width": 2}])

@@ -94,6 +94,8 @@ class BlockModule(Drops):
 
     def branch(self, name: str, x: Tensor, *rest: Any) -> Tensor:
         """What a branch gives for x (B,T,C), through the adapters that stand around it."""
+        if not x.numel():  # no rows, or rows of no tokens, which not every kernel knows
+            return x
         run: Any = getattr(self, name)
         place: Any = self.places[name]
         return place.around(lambda h: run(h, *rest), x) if place.adapted else run(x, *rest)

@@ -48,7 +48,7 @@ class PostConvolvedModule(PostNormModule):
         self.activation = slot.build(spec.activation, "activation")
 
     def forward(self, x: Tensor, ctx: Context, state: dict[str, Any] | None = None) -> Tensor:
-        near = self.beside(x, ctx, None if state is None else state["beside"])
+        near = self.beside(x, ctx, None if state is None else state["beside"]) if x.numel() else x
         return self.norm_beside(super().forward(x, ctx, state) + self.activation(self.dropout(near)))
 
     def new_state(self, room: Room) -> dict[str, Any]:

@@ -8,14 +8,17 @@ Weights are (fan_out, fan_in). Only NTK and muP also set a forward multiplier or
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import InitPart
+from dovetail.spec.ranges import Count
 
+Spread = Annotated[float, Field(ge=0)]  # a standard deviation, or a factor on one
 _TRUNCATED_STD = 0.8796256610342398  # std of a standard normal cut at ±2
 
 
@@ -45,7 +48,7 @@ def truncated_normal(weight: Tensor, std: float, rng: torch.Generator) -> None:
 class Normal(Init):
     """N(0, std²) for every matrix."""
 
-    std: float = 0.02
+    std: Spread = 0.02
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         weight.normal_(0.0, self.std, generator=rng)
@@ -60,7 +63,7 @@ class Normal(Init):
 class Truncated(Init):
     """A normal cut at ±2 sigma whose std is `std` after the correction 0.8796."""
 
-    std: float = 0.02
+    std: Spread = 0.02
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         truncated_normal(weight, self.std, rng)
@@ -70,7 +73,7 @@ class Truncated(Init):
 class Gpt2(Init):
     """N(0, std²), residual maps scaled by 1/sqrt(2·depth)."""
 
-    std: float = 0.02
+    std: Spread = 0.02
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         scale = (2 * slot.depth) ** -0.5 if role == "residual" else 1.0
@@ -80,7 +83,7 @@ class Gpt2(Init):
 class VarianceScaling(Init):
     """var = gain² / fan. distribution: normal, truncated or uniform."""
 
-    gain: float = 1.0
+    gain: Spread = 1.0
     fan: Literal["in", "out", "average"] = "in"
     distribution: Literal["normal", "truncated", "uniform"] = "normal"
 
@@ -115,14 +118,14 @@ class Xavier(VarianceScaling):
 class He(VarianceScaling):
     """var = 2/fan_in: ReLU halves the variance, so the weights double it."""
 
-    gain: float = math.sqrt(2.0)
+    gain: Spread = math.sqrt(2.0)
 
 
 @register("init", "orthogonal", oracle="formula: WᵀW = gain² I", source="Saxe et al. 2013")
 class Orthogonal(Init):
     """Orthonormal rows or columns, whichever are fewer."""
 
-    gain: float = 1.0
+    gain: Spread = 1.0
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))  # no QR in bf16
@@ -138,7 +141,7 @@ class Orthogonal(Init):
 class T5(Init):
     """Reading maps N(0, 1/fan_in), embeddings and head N(0, 1); attention has no 1/sqrt(D), so it goes into q's start."""
 
-    factor: float = 1.0
+    factor: Spread = 1.0
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         if role in ("embedding", "head"):
@@ -156,7 +159,7 @@ class T5(Init):
 class Ntk(Init):
     """NTK parametrisation: weights N(0, 1), the map itself divides by sqrt(fan_in)."""
 
-    gain: float = 1.0
+    gain: Spread = 1.0
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         std = weight.shape[-1] ** -0.5 if role in ("embedding", "position") else 1.0
@@ -173,8 +176,8 @@ class Mup(Init):
     base: the width at which the learning rate was tuned. Attention's 1/D scale is the attention's own field.
     """
 
-    base: int = 64
-    std: float = 1.0
+    base: Count = 64
+    std: Spread = 1.0
 
     def draw(self, weight: Tensor, role: str, fan_in: int, fan_out: int, slot: Slot, rng: torch.Generator) -> None:
         if role in ("embedding", "position") or role == "head":

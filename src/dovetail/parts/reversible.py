@@ -127,6 +127,8 @@ def _rng(x: Tensor) -> list[Tensor]:
 
 
 def _autocast(device: str) -> dict[str, Any]:
+    if not torch.amp.is_autocast_available(device):  # meta: there is nothing to replay
+        return {"device_type": "cpu", "enabled": False}
     return {
         "device_type": device,
         "enabled": torch.is_autocast_enabled(device),

@@ -162,7 +162,7 @@ class KVState(LayerState):
         self.v = torch.zeros(batch, slots, heads, dim_v, dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Step]:
-        """Stores k (B,T,G,D), v (B,T,G,Dv); returns all keys and values that `step.coords.k` describes."""
+        """Stores k (B,T,G,D), v (B,T,G,Dv); returns, in their dtypes, all keys and values that `step.coords.k` describes."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RunError(
                 "a decoding state was given tensors that need gradients", remedy="decode under torch.no_grad()"
@@ -174,10 +174,10 @@ class KVState(LayerState):
             keys = torch.cat([self.k[:, :slots], k.to(self.k.dtype)], 1)
             values = torch.cat([self.v[:, :slots], v.to(self.v.dtype)], 1)
             self._write(k, v, step.where)
-            return keys, values, step
+            return keys.to(k.dtype), values.to(v.dtype), step
         self._write(k, v, step.where)
         stop = self.timeline.slots if step.visible is None else step.visible
-        return self.k[:, :stop], self.v[:, :stop], step
+        return self.k[:, :stop].to(k.dtype), self.v[:, :stop].to(v.dtype), step
 
     def _write(self, k: Tensor, v: Tensor, where: Tensor | slice) -> None:
         if isinstance(where, slice):

@@ -8,7 +8,7 @@ from dovetail.kernels import twins
 from dovetail.kernels.installed import TRITON
 from dovetail.kernels.plan import Plan
 
-WIDEST = 128  # of keys: fp32 fills a multiprocessor's shared memory then, and in bf16 256 gives wrong rows on an H200
+WIDEST = {2: 256, 4: 128}  # of keys, by the bytes of a number: wider ones fill a multiprocessor's shared memory
 
 
 def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32, width: int = 0) -> Plan:
@@ -18,7 +18,8 @@ def plan(queries: int, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     if queries == 1:
         return Plan("step", "one token: one update of the state")
     if device == "cuda" and TRITON and dtype != torch.float64:
-        if width <= WIDEST:
+        widest = WIDEST[dtype.itemsize]
+        if width <= widest:
             return Plan("triton", "on CUDA: chunks inverted side by side (WY), then walked with the state in registers")
-        return Plan("chunked", f"keys wider than {WIDEST}, of which a program cannot hold whole ones: in plain torch")
+        return Plan("chunked", f"keys wider than {widest}, of which a program cannot hold whole ones: in plain torch")
     return Plan("chunked", "the delta rule over a row: products inside chunks (WY), the state across")

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dovetail.kernels.chunks import ceil_div, padded
 from dovetail.kernels.delta_rule import tiles, tiles_back
 from dovetail.kernels.operation import operation
 
 CHUNK = 64  # tokens
-LEAST = 64  # columns of values in bf16 and fp16
 FILL = 100  # programs that a walk should have: about one a multiprocessor
 SHARED = 160_000  # bytes of operands that a loop may have under way
 
@@ -28,22 +26,12 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, start: Tensor | None,
     reset: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32.
-
-    In bf16 and fp16 widths are filled up with zeros, which change nothing, to whole tiles, of values of `LEAST` columns: for
-    tiles of 16 or 32 columns of values, and for keys that do not fill theirs, ptxas 12.8 makes kernels for an H200 that
-    are wrong or fail (bench/descriptors.py); for whole ones they are right (tests/kernels/test_widths.py).
-    """
-    D, Dv = k.shape[3], v.shape[3]
-    start = q.new_zeros(*k.shape[:2], D, Dv, dtype=torch.float32) if start is None else start.float()
-    keys, values = padded(D) - D, -Dv % (LEAST if Dv <= LEAST else 2 * LEAST)
-    if q.element_size() < 4 and (keys or values):
-        q, k, v = F.pad(q, (0, keys)), F.pad(k, (0, keys)), F.pad(v, (0, values))
-        start = F.pad(start, (0, values, 0, keys))
+    """(o in q's dtype, S_T (B,H,D,Dv) in fp32) of unscaled q. Products are made in q's dtype, everything else in fp32."""
+    start = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float32) if start is None else start.float()
     decay = None if log_decay is None else log_decay.float()
     documents = None if reset is None else reset.expand(len(q), -1).cumsum(1, dtype=torch.int32)
     out, end, *_ = _forward(q, k.to(q.dtype), v.to(q.dtype), beta.float(), decay, start, documents, scale)
-    return out[..., :Dv], end[..., :D, :Dv]
+    return out, end
 
 
 def _rows(x: Tensor) -> Tensor:

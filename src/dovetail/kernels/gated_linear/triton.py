@@ -24,7 +24,6 @@ from dovetail.kernels.gated_linear import triton_kernels
 from dovetail.kernels.operation import operation
 
 FILL = 512  # programs that a walk should have
-LEAST_COLUMNS = {True: 64, False: 16}  # of a tile, in bf16 or not: narrower values in bf16 crash (ptxas 12.8, sm_90)
 LEAST = 8  # chunks of a segment, at least
 STEEP = (False, True)  # each kernel is launched for either kind of chunk; a program of the other kind returns at once
 
@@ -176,7 +175,7 @@ class _Call(NamedTuple):
         """Sums of xᵀ y that fade by g: what each chunk meets (B,H,N,D,Dv), after the last (B,H,D,Dv), and G (B·H,N,D)."""
         launch, heads = self.blocks.walk, self.B * self.H
         N = max(1, ceil_div(self.T, self.blocks.chunk))  # no tokens are a chunk of none
-        keys, values = self._columns(self.D, launch.keys), self._columns(self.Dv, launch.values)
+        keys, values = padded(self.D, launch.keys), padded(self.Dv, launch.values)
         tiles = ceil_div(self.D, keys) * ceil_div(self.Dv, values)
         per = ceil_div(N, max(1, min(FILL // max(1, tiles * heads), N // LEAST)))  # chunks of a segment
         segments = ceil_div(N, per)
@@ -210,17 +209,13 @@ class _Call(NamedTuple):
 
     def _chunks(self, kernel: Any, launch: Launch, tokens: list[Tensor], others: list[Tensor], scale: float) -> None:
         """A program for every chunk and `launch.keys` columns of keys, or all of them."""
-        keys, N = self._columns(self.D, launch.keys or 256), ceil_div(self.T, self.blocks.chunk)
+        keys, N = padded(self.D, launch.keys or 256), ceil_div(self.T, self.blocks.chunk)
         for apart in STEEP:
             kernel[(self.B * self.H * ceil_div(self.D, keys) * N,)](
                 *tokens, self.reset, *others, *map(_strides, tokens), self.T, self.H, N, scale,
-                BK=keys, BV=self._columns(self.Dv, launch.values), APART=apart,
+                BK=keys, BV=padded(self.Dv, launch.values), APART=apart,
                 **self.meta, num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
-
-    def _columns(self, width: int, most: int) -> int:
-        """Of a tile: a power of two, and no less than `LEAST_COLUMNS`."""
-        return min(max(LEAST_COLUMNS[not self.meta["EXACT"]], padded(width)), most)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

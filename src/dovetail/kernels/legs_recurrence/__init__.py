@@ -53,10 +53,9 @@ def matrices(chunks: int, order: int, dtype: torch.dtype, device: torch.device) 
 
     Samples that a token has not seen yet have zeros. Made in fp64 by the twin's own step.
     """
-    out = torch.empty(chunks, order + CHUNK, CHUNK, order, dtype=dtype, device=device)
-    wide = {"dtype": torch.float64, "device": device}
-    eye = torch.eye(order + CHUNK, **wide)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # a step of training may find what scoring has made
+        out = torch.empty(chunks, order + CHUNK, CHUNK, order, dtype=dtype, device=device)
+        eye = torch.eye(order + CHUNK, dtype=torch.float64, device=device)
         for k in range(chunks):
             c = eye[:, :order]
             for i in range(CHUNK):

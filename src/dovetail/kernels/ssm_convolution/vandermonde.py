@@ -19,7 +19,7 @@ def diagonal_kernel(weight: Tensor, exponent: Tensor, length: int) -> Tensor:
     """
     if twins.asked():
         return reference.diagonal_kernel(weight, exponent, length).to(weight.real.dtype)
-    step = math.isqrt(max(1, length - 1)) + 1
+    step = int(math.sqrt(max(1, length - 1))) + 1  # no isqrt, which compilers do not know of a length that varies
     rows = -(-length // step)
     wide, fine = exponent.to(torch.complex128), torch.arange(step, device=exponent.device, dtype=torch.float64)
     coarse = step * torch.arange(rows, device=exponent.device, dtype=torch.float64)

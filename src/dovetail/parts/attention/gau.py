@@ -22,7 +22,7 @@ from dovetail.parts.state import KVState, Room
 from dovetail.parts.weights import Linear, Rng
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import ActivationPart, MaskPart, NormaliserPart, PositionPart
-from dovetail.spec.ranges import Chance, Count
+from dovetail.spec.ranges import Chance, Count, Positive
 
 
 class Gated(Spec):
@@ -58,7 +58,7 @@ class GatedAttentionUnit(Gated):
     """
 
     normaliser: NormaliserPart = SoftmaxPlus()
-    scale: float | None = None
+    scale: Positive | None = None
     dropout: Chance = 0.0
     mask: MaskPart | None = None
     position: PositionPart = Rope()

@@ -21,7 +21,7 @@ from dovetail.parts.state import KVState, Room
 from dovetail.parts.weights import Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MaskPart, NormPart, PositionPart
-from dovetail.spec.ranges import Chance, Count
+from dovetail.spec.ranges import Chance, Count, Natural, Positive
 
 
 @register(
@@ -45,11 +45,11 @@ class LatentAttention(Spec):
     query_rank: Count | None = None
     heads: Count | None = None
     nope_dim: Count | None = None
-    rope_dim: int | None = None
+    rope_dim: Natural | None = None
     value_dim: Count | None = None
     bias: bool = False
     norm: NormPart = RmsNorm()
-    scale: float | None = None
+    scale: Positive | None = None
     dropout: Chance = 0.0
     mask: MaskPart | None = None
     position: PositionPart = Rope(layout="interleaved")

@@ -35,7 +35,7 @@ from dovetail.parts.virtual import Rows, rows_of
 from dovetail.parts.weights import Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MaskPart, NormPart, PositionPart
-from dovetail.spec.ranges import Chance, Count
+from dovetail.spec.ranges import Chance, Count, Positive
 
 
 @register(
@@ -68,8 +68,8 @@ class Attention(Spec):
     qk_norm: NormPart | None = None
     qk_norm_over: Literal["head", "all"] = "head"
     qk_norm_on: Literal["both", "query", "key"] = "both"
-    scale: float | None = None
-    cap: float | None = None
+    scale: Positive | None = None
+    cap: Positive | None = None
     dropout: Chance = 0.0
     mask: MaskPart | None = None
     position: PositionPart = Rope()

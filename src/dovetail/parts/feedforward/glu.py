@@ -10,6 +10,7 @@ from dovetail.parts.activation import Silu
 from dovetail.parts.weights import Drops, Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import ActivationPart
+from dovetail.spec.ranges import Chance, Count
 
 
 @register(
@@ -21,10 +22,10 @@ class Glu(Spec):
     hidden: 8/3·dim rounded up to a multiple of 8 unless given (the parameters of a 4·dim MLP).
     """
 
-    hidden: int | None = None
+    hidden: Count | None = None
     activation: ActivationPart = Silu()
     bias: bool = False
-    dropout: float = 0.0
+    dropout: Chance = 0.0
 
     def build(self, slot: Slot) -> nn.Module:
         return GluModule(self, slot)

@@ -8,16 +8,17 @@ from dovetail.parts.activation import Gelu
 from dovetail.parts.weights import Drops, Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import ActivationPart
+from dovetail.spec.ranges import Chance, Count
 
 
 @register("feedforward", "mlp", oracle="transformers gpt2, bart", source="Vaswani et al. 2017, eq. 2")
 class Mlp(Spec):
     """W₂ act(W₁ x). hidden: 4·dim unless given. dropout: after the activation (BART's activation_dropout)."""
 
-    hidden: int | None = None
+    hidden: Count | None = None
     activation: ActivationPart = Gelu()
     bias: bool = True
-    dropout: float = 0.0
+    dropout: Chance = 0.0
 
     def build(self, slot: Slot) -> nn.Module:
         return MlpModule(self, slot)

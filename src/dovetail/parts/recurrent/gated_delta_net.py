@@ -52,4 +52,5 @@ class GatedDeltaNetModule(DeltaNetModule):
     def log_decay(self, x: Tensor) -> Tensor:
         """-A · softplus(W_a x + b): (B,T,Hv)."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        return -self.a_log.to(wide).exp() * F.softplus(self.decay(x).to(wide) + self.dt_bias.to(wide))
+        # log σ(-z) = -softplus(z), whose backward under AOTAutograd takes strides for others
+        return self.a_log.to(wide).exp() * F.logsigmoid(-(self.decay(x).to(wide) + self.dt_bias.to(wide)))

@@ -86,8 +86,8 @@ class HippoRnnModule(nn.Module):
                 y = legs.recurrence(given, told, recall)
             else:
                 real = None if ctx.segments is None else (ctx.segments >= 0).expand(B, T)
-                h = given.new_zeros(B, self.hidden) if state is None else state["h"]
-                c = given.new_zeros(B, self.order) if state is None else state["c"]
+                h = given.new_zeros(B, self.hidden) if state is None else state["h"].to(wide)
+                c = given.new_zeros(B, self.order) if state is None else state["c"].to(wide)
                 y, h, c = legs.reference.recurrence(given, told, recall, ctx.order.expand(B, T), real, h, c)
                 if state is not None:
                     state.update(h=h, c=c)

@@ -134,7 +134,9 @@ class RecurrentModule(nn.RNNBase):
         """x (B,T,C) -> (B,T,C'). Each document starts from zero (or from `state`); padding gives zero."""
         refuse_memory(keys, values, self.path)
         if ctx.segments is None:
-            start = [x.new_zeros(self._start(x.shape[0])) if state is None else state[n][None] for n in self.names]
+            start = [
+                x.new_zeros(self._start(x.shape[0])) if state is None else self._held(state, n) for n in self.names
+            ]
             y, *last = self._run(x, None, start)
             if state is not None:
                 state.update(**{name: t[0] for name, t in zip(self.names, last, strict=True)})
@@ -150,7 +152,8 @@ class RecurrentModule(nn.RNNBase):
         if not cut.alive:
             return y
         start = [
-            x.new_zeros(self._start(len(cut.row))) if state is None else state[n][None, cut.row] for n in self.names
+            x.new_zeros(self._start(len(cut.row))) if state is None else self._held(state, n)[:, cut.row]
+            for n in self.names
         ]
         real, *last = self._run(x.flatten(0, 1)[cut.token], cut.alive_at, start)
         if state is not None:
@@ -186,6 +189,11 @@ class RecurrentModule(nn.RNNBase):
         begin: Any = tuple(start) if self.mode == "LSTM" else start[0]
         fused: Any = torch.lstm if self.mode == "LSTM" else torch.gru
         return fused(x, begin, *how, True) if alive is None else fused(x, alive, begin, *how)
+
+    def _held(self, state: VectorState, name: str) -> Tensor:
+        """(1,B,hidden), in the weights' dtype: what is fused takes no other."""
+        weight: Any = self.weight_ih_l0
+        return state[name][None].to(weight.dtype)
 
     def _start(self, rows: int) -> tuple[int, int, int]:
         return (2 if self.bidirectional else 1, rows, self.hidden_size)

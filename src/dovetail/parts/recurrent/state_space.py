@@ -116,7 +116,7 @@ class StateSpaceModule(nn.Module, ABC):
         with without_autocast(x):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
             if state is not None:
-                borders = Borders.of(ctx, len(x))
+                borders, u = Borders.of(ctx, len(x)), u.to(state["h"].dtype)  # the law's
                 y, end = self.scan(u, state.law, state["h"], None if borders is None else borders.real)
                 state.update(h=end)
                 y = y + u * self.D.to(u.dtype)

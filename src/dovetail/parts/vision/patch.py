@@ -12,6 +12,7 @@ from dovetail.parts.norm import LayerNorm
 from dovetail.parts.weights import Linear
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import NormPart
+from dovetail.spec.ranges import Count
 
 
 @register(
@@ -24,8 +25,8 @@ from dovetail.spec.categories import NormPart
 class PatchEmbedding(Spec):
     """A linear map of each size x size patch. Images are padded with zeros to whole patches. norm: of the tokens."""
 
-    size: int
-    channels: int = 3
+    size: Count
+    channels: Count = 3
     bias: bool = True
     norm: NormPart | None = None
 
@@ -70,7 +71,7 @@ class PatchMerge(Spec):
     The neighbours come in the order (0,0), (1,0), (0,1), (1,1) of (row, column); an odd grid is padded with zeros.
     """
 
-    factor: int = 2
+    factor: Count = 2
     norm: NormPart = LayerNorm()
 
     def build(self, slot: Slot) -> nn.Module:

@@ -15,6 +15,7 @@ from dovetail.parts.position.base import refuse_text
 from dovetail.parts.position.relative import RelativeBias2d
 from dovetail.spec import Slot, Spec, register
 from dovetail.spec.categories import MixerPart
+from dovetail.spec.ranges import Count, Natural
 
 
 @register(
@@ -35,8 +36,8 @@ class WindowMixer(Spec):
     the window to that side, without a shift (Swin).
     """
 
-    size: int
-    shift: int = 0
+    size: Count
+    shift: Natural = 0
     small: Literal["pad", "shrink"] = "pad"
     mixer: MixerPart = Attention(position=RelativeBias2d())
 
